@@ -1,0 +1,29 @@
+"""Packaging for ardm_course: everything that can change lives in settings.ini."""
+from configparser import ConfigParser
+from pathlib import Path
+import shlex
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+parser = ConfigParser(delimiters=["="])
+parser.read(root / "settings.ini", encoding="utf-8")
+cfg = parser["DEFAULT"]
+extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("eval", "data", "dev") if f"{name}_requirements" in cfg}
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(root / "README.md").read_text(encoding="utf-8") if (root / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    keywords=cfg["keywords"],
+    author=cfg["author"],
+    license="Apache-2.0",
+    url=cfg["git_url"],
+    packages=find_packages(include=["ardm_course", "ardm_course.*"]),
+    python_requires=f">={cfg['min_python']}",
+    install_requires=shlex.split(cfg["requirements"]),
+    extras_require=extras,
+    entry_points={"console_scripts": shlex.split(cfg["console_scripts"]), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    zip_safe=False,
+)
