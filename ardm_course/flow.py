@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'KINDS', 'Path', 'LinearPath', 'CosinePath', 'expand', 'noise_like', 'interpolate', 'target', 'convert',
            'GaussianMixture', 'expectations', 'exact_predictor', 'sample_times', 'flow_loss']
 
-# %% ../nbs/07_flow.ipynb #ca1059ae
+# %% ../nbs/07_flow.ipynb #5baa6d3f
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .core import CourseError
 
-# %% ../nbs/07_flow.ipynb #d092d955
+# %% ../nbs/07_flow.ipynb #7034eb66
 class Path(Protocol):
     """How data and noise are mixed: xt = alpha(t) x0 + sigma(t) x1, data at t = 0 and noise at t = 1."""
 
@@ -26,7 +26,7 @@ class Path(Protocol):
     def d_alpha(self, t: Tensor) -> Tensor: ...
     def d_sigma(self, t: Tensor) -> Tensor: ...
 
-# %% ../nbs/07_flow.ipynb #cbfa4aa3
+
 class LinearPath:
     """The straight path of rectified flow (VoxCPM, F5, Ming): xt = (1 - t) x0 + t x1."""
 
@@ -46,7 +46,7 @@ class LinearPath:
         "Time derivative of sigma."
         return torch.ones_like(t)
 
-# %% ../nbs/07_flow.ipynb #beb3f796
+# %% ../nbs/07_flow.ipynb #72e29480
 class CosinePath:
     """The variance-preserving path of DiTAR and MELA-TTS: xt = cos(pi t / 2) x0 + sin(pi t / 2) x1."""
 
@@ -70,7 +70,7 @@ class CosinePath:
 PATHS: dict[str, Path] = {"linear": LinearPath(), "cosine": CosinePath()}
 KINDS = ("v", "x0", "eps")
 
-# %% ../nbs/07_flow.ipynb #814666c2
+# %% ../nbs/07_flow.ipynb #ee93aef0
 def expand(
     t: Tensor,  # [] or [B] or [B, N] one time per example
     x: Tensor,  # [B, ..., D] the tensor that t must multiply
@@ -78,7 +78,7 @@ def expand(
     """Give t trailing axes so that it broadcasts over the example axes of x."""
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
 
-# %% ../nbs/07_flow.ipynb #05d08419
+# %% ../nbs/07_flow.ipynb #75e9e0a3
 def noise_like(
     x: Tensor,  # [...] shape, dtype and device to imitate
     generator: torch.Generator | None = None,  # drawn on its own device: one seed, one noise, on any device
@@ -88,7 +88,7 @@ def noise_like(
         return torch.randn_like(x)
     return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
 
-# %% ../nbs/07_flow.ipynb #95ed47e6
+
 def interpolate(
     path: Path,  # how data and noise are mixed
     x0: Tensor,  # [B, ...] data
@@ -99,7 +99,7 @@ def interpolate(
     t = expand(t, x0)
     return path.alpha(t) * x0 + path.sigma(t) * x1
 
-# %% ../nbs/07_flow.ipynb #def0592a
+# %% ../nbs/07_flow.ipynb #7b988b9b
 def target(
     path: Path,  # how data and noise are mixed
     kind: str,  # what the network predicts: "v", "x0" or "eps"
@@ -117,7 +117,7 @@ def target(
         return x1
     raise CourseError(f"unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
 
-# %% ../nbs/07_flow.ipynb #e186f607
+# %% ../nbs/07_flow.ipynb #439cf930
 def convert(
     path: Path,  # how data and noise are mixed
     prediction: Tensor,  # [B, ...] network output
@@ -139,7 +139,7 @@ def convert(
         raise CourseError(f"unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
     return x0, x1, d_alpha * x0 + d_sigma * x1
 
-# %% ../nbs/07_flow.ipynb #eeb07b65
+# %% ../nbs/07_flow.ipynb #6d3d4329
 class GaussianMixture:
     """A mixture of round Gaussians, whose noised densities, scores and velocities are known exactly."""
 
@@ -161,7 +161,7 @@ class GaussianMixture:
         centres = self.means[torch.multinomial(self.weights, count, replacement=True, generator=generator)]
         return centres + self.std * noise_like(centres, generator)
 
-# %% ../nbs/07_flow.ipynb #a806406a
+# %% ../nbs/07_flow.ipynb #120631f3
 def expectations(
     mixture: GaussianMixture,  # the data
     path: Path,  # how data and noise are mixed
@@ -191,7 +191,7 @@ def exact_predictor(
         return target(path, kind, x0, x1, t.expand(len(xt)))
     return predict
 
-# %% ../nbs/07_flow.ipynb #56dff97d
+# %% ../nbs/07_flow.ipynb #6d6fbd2f
 def sample_times(
     shape: int | tuple[int, ...],  # number of times, or a shape such as [B, N]
     kind: str = "logit_normal",  # "logit_normal" or "uniform"
@@ -209,7 +209,7 @@ def sample_times(
         return torch.sigmoid(mean + std * torch.randn(shape, generator=generator, device=source)).to(device)
     raise CourseError(f"unknown time distribution {kind!r}. Use 'logit_normal' or 'uniform'.")
 
-# %% ../nbs/07_flow.ipynb #461b2d51
+# %% ../nbs/07_flow.ipynb #0bd58663
 def flow_loss(
     predict: Callable[[Tensor, Tensor], Tensor],  # network: (xt [B, ...], t [B]) -> prediction [B, ...]
     x0: Tensor,  # [B, ...] data
