@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HeadConfig', 'time_features', 'DiTBlock', 'LocDiT', 'modulations', 'prepare', 'FlowHead', 'sample_patches']
 
-# %% ../nbs/10_locdit.ipynb #20384568
+# %% ../nbs/10_locdit.ipynb #5fa5ad9c
 from dataclasses import dataclass
 import math
 import torch
@@ -15,7 +15,7 @@ from .flow import PATHS, flow_loss, sample_times
 from .sampling import guided, sample, time_grid
 from .transformer import Attention, RMSNorm, SwiGLU, TransformerConfig, rope_table
 
-# %% ../nbs/10_locdit.ipynb #818da067
+# %% ../nbs/10_locdit.ipynb #d8938e2c
 @dataclass
 class HeadConfig:
     "Shape and objective of the head that draws one patch."
@@ -33,7 +33,7 @@ class HeadConfig:
     time_std: float = 1.0
     cond_dropout: float = 0.1  # share of training patches that see no condition, for guidance
 
-# %% ../nbs/10_locdit.ipynb #6c5396fd
+# %% ../nbs/10_locdit.ipynb #3e2cd1c2
 def time_features(
     t: Tensor,  # [S] in 0..1
     dim: int = 256,
@@ -43,7 +43,7 @@ def time_features(
     angle = 1000 * t[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
 
-# %% ../nbs/10_locdit.ipynb #3d3d835c
+# %% ../nbs/10_locdit.ipynb #33b5f6d5
 class DiTBlock(nn.Module):
     "Bidirectional transformer block whose norms and residuals are modulated by the condition (AdaLN-zero, Peebles & Xie 2023)."
     def __init__(self, config: HeadConfig):
@@ -66,7 +66,7 @@ class DiTBlock(nn.Module):
         y = torch.addcmul(shift2, self.feed_forward_norm(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.feed_forward(y))
 
-# %% ../nbs/10_locdit.ipynb #e53f6223
+# %% ../nbs/10_locdit.ipynb #104cb3b1
 class LocDiT(nn.Module):
     "Local diffusion transformer: [condition, previous patch, noisy patch] -> prediction for the noisy patch (DiTAR; MELA slide 4)."
     def __init__(self, config: HeadConfig):
@@ -81,7 +81,7 @@ class LocDiT(nn.Module):
         self.norm, self.out = RMSNorm(width), nn.Linear(width, config.latent_dim)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
-        for name, table in zip(("cos", "sin"), rope_table(self.length, width // config.heads)):
+        for name, table in zip(("cos", "sin"), rope_table(torch.arange(self.length), width // config.heads)):
             self.register_buffer(name, table, persistent=False)
 
     def forward(self,
@@ -95,7 +95,7 @@ class LocDiT(nn.Module):
         for block, modulation in zip(self.blocks, modulations): x = block(x, modulation, (self.cos, self.sin))
         return self.out(self.norm(x[:, -self.config.patch:]))
 
-# %% ../nbs/10_locdit.ipynb #cecff2e1
+# %% ../nbs/10_locdit.ipynb #499a9d4a
 def modulations(
     net: LocDiT,
     t: Tensor,  # [S] times
@@ -105,7 +105,7 @@ def modulations(
     signal = F.silu(net.time(time_features(t)) + cond)[:, None]
     return [block.modulation(signal) for block in net.blocks]
 
-# %% ../nbs/10_locdit.ipynb #84fab746
+# %% ../nbs/10_locdit.ipynb #5ee799aa
 def prepare(
     net: LocDiT,
     grid: Tensor,  # [steps + 1] falling times
@@ -117,7 +117,7 @@ def prepare(
     by_step = zip(*(m.view(len(times), S, 1, -1) for m in stacked))
     return dict(zip(times.tolist(), map(list, by_step)))
 
-# %% ../nbs/10_locdit.ipynb #c5756da1
+# %% ../nbs/10_locdit.ipynb #41a552f2
 class FlowHead(nn.Module):
     "Draws patches by flow matching: `loss` to train it, `sample` to use it."
     def __init__(self, config: HeadConfig):
@@ -128,6 +128,7 @@ class FlowHead(nn.Module):
         x0: Tensor,  # [S, P, D] clean patches
         cond: Tensor,  # [S, cond_dim] states that must predict them
         history: Tensor,  # [S, P, D] previous patches, zeros at the start
+        times: Tensor | None = None,  # [S]; None: drawn at random
     ) -> Tensor:  # [S] mean square error of each patch
         "Flow-matching loss; every patch has its own time, noise and condition-dropout coin (VoxCPM)."
         config, net, token = self.config, self.net, self.net.cond(cond)
@@ -135,7 +136,7 @@ class FlowHead(nn.Module):
             keep = torch.rand(len(x0), 1, device=x0.device) >= config.cond_dropout
             token = torch.where(keep, token, net.null)
         past = net.past(history) if config.history else None
-        times = sample_times(len(x0), mean=config.time_mean, std=config.time_std, device=x0.device)
+        if times is None: times = sample_times(len(x0), mean=config.time_mean, std=config.time_std, device=x0.device)
         predict = lambda xt, t: net(xt, modulations(net, t, token), token, past)
         return flow_loss(predict, x0, self.path, config.target, times=times)
 
@@ -143,7 +144,7 @@ class FlowHead(nn.Module):
         "See `sample_patches`."
         return sample_patches(self, cond, history, **options)
 
-# %% ../nbs/10_locdit.ipynb #56969139
+# %% ../nbs/10_locdit.ipynb #5d6eb01c
 @torch.no_grad()
 def sample_patches(
     head: FlowHead,

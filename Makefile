@@ -1,0 +1,44 @@
+# Two commands on a fresh machine: `make run` and `make test`. Both make the environment first.
+PYTHON ?= python3
+# constraints.txt pins the torch that this course was tested with; CONSTRAINTS=/dev/null lets pip choose (another GPU, a newer torch).
+CONSTRAINTS ?= constraints.txt
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help env run test check lab notebooks readme clean-env
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+env: $(VENV)/.ready  ## make the virtual environment in .venv
+
+$(VENV)/.ready: settings.ini setup.py constraints.txt requirements-no-deps.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "ardm_course needs Python 3.10 or newer; name one with PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[data,eval,dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
+	touch $@
+
+run: env  ## the main job: train, speak, evaluate, report (TEXT="..." adds a sentence, TIER=small uses LibriTTS)
+	TEXT='$(subst ','\'',$(TEXT))' ARDM_TIER=$(or $(TIER),toy) $(BIN)/ipython nbs/21_libritts.ipynb
+
+test: env  ## every test and every notebook, in parallel
+	$(BIN)/python -m pytest tests
+
+check: env  ## what CI asks of a commit: exporting and cleaning the notebooks changes nothing
+	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- nbs ardm_course
+
+lab: env  ## open the course in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=nbs
+
+notebooks: env  ## run every notebook again and keep its outputs
+	for notebook in nbs/[0-9]*.ipynb nbs/appendix/*.ipynb nbs/index.ipynb; do \
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 $$notebook && $(BIN)/nbdev_clean --fname $$notebook || exit 1; done
+
+readme: env  ## render README.md from nbs/index.ipynb
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+
+clean-env:  ## remove the virtual environment
+	rm -rf $(VENV)

@@ -1,0 +1,91 @@
+"""Rules that every notebook keeps. A notebook that breaks one fails here with a message that says which and where."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NUMBERED = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
+NOTEBOOKS = NUMBERED + sorted((ROOT / "nbs" / "appendix").glob("*.ipynb"))
+SPINE = ["Why", "The idea", "Build it", "Listen and look", "Exercises", "Where it breaks", "In the papers", "Recap and next"]
+FORBIDDEN = re.compile(r"/wo" r"rk/|/ro" r"ot/|/tm" r"p/|\.li" r"brary")
+
+
+def cells(path, kind=None):
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if kind in (None, cell["cell_type"])]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def module_of(path):
+    found = re.search(r"^#\|\s*default_exp\s+(\w+)", "\n".join(map(source, cells(path, "code"))), re.M)
+    return found and found[1]
+
+
+def names(paths):
+    return [path.stem for path in paths]
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_spine(path):
+    heads = re.findall(r"^## (.+)$", "\n".join(map(source, cells(path, "markdown"))), re.M)
+    assert heads == SPINE, f"{path.name}: its H2 sections are {heads}, they must be {SPINE}"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_head(path):
+    first, second = cells(path)[:2]
+    assert "default_exp" in source(first), f"{path.name}: the first cell must hold #| default_exp"
+    text = source(second)
+    assert re.match(r"# .+\n+> .+", text), f"{path.name}: the second cell must be an H1 and a one-line '> summary'"
+    for column in ("level", "CPU minutes", "needs", "exports", "exercises", "slides"):
+        assert f"{column}" in text, f"{path.name}: the table under the title lacks '{column}'"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_proportions(path):
+    every, code = cells(path), cells(path, "code")
+    lines = [len([line for line in source(cell).splitlines() if line.strip()]) for cell in code]
+    assert 40 <= len(every) <= 80, f"{path.name}: {len(every)} cells, between 40 and 80 are wanted"
+    assert max(lines) <= 30, f"{path.name}: code cell {lines.index(max(lines))} has {max(lines)} lines, 30 is the limit"
+    share = 1 - len(code) / len(every)
+    assert 0.33 <= share <= 0.52, f"{path.name}: {share:.0%} of the cells are markdown, 35-50 % is wanted"
+    asserts = sum(len(re.findall(r"\bassert\b", source(cell))) for cell in code)
+    assert asserts >= 8, f"{path.name}: {asserts} asserts, at least 8 are wanted"
+    figures = sum("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"])
+    assert figures >= 4, f"{path.name}: {figures} figures in its outputs, at least 4 are wanted (were the outputs saved?)"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_size_and_paths(path):
+    assert path.stat().st_size < 2_000_000, f"{path.name} is over 2 MB: shorten its sounds or pictures"
+    found = FORBIDDEN.search(path.read_text(encoding="utf-8"))
+    assert not found, f"{path.name} names a path of the machine it was written on: {found[0]}"
+    errors = [source(cell)[:80] for cell in cells(path, "code") for output in cell["outputs"] if output["output_type"] == "error"]
+    assert not errors, f"{path.name}: a saved output is an error, in the cell that begins {errors[0]!r}"
+
+
+def test_no_import_from_a_later_notebook():
+    order = [module_of(path) for path in NOTEBOOKS]
+    for place, (path, module) in enumerate(zip(NOTEBOOKS, order)):
+        text = (ROOT / "ardm_course" / f"{module}.py").read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level == 1:
+                for needed in [node.module] if node.module else [name.name for name in node.names]:
+                    assert needed in order[:place], f"{path.name}: module {module} imports {needed}, which no earlier notebook exports"
+
+
+def test_every_module_has_a_notebook():
+    modules = {path.stem for path in (ROOT / "ardm_course").glob("[a-z]*.py")}
+    orphans = modules - {module_of(path) for path in NOTEBOOKS}
+    assert not orphans, f"no notebook exports {sorted(orphans)}"
+
+
+def test_links_resolve():
+    for path in NOTEBOOKS + [ROOT / "nbs" / "index.ipynb"]:
+        for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", "\n".join(map(source, cells(path, "markdown")))):
+            assert (path.parent / link).exists(), f"{path.name}: the link {link} leads nowhere"
