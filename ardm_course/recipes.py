@@ -6,7 +6,7 @@
 __all__ = ['PHRASES', 'RECIPES', 'Teach', 'Recipe', 'toy_shape', 'recipe', 'corpus_source', 'fitted_codec', 'whisper_teacher',
            'phone_teacher', 'some_speech', 'phones_of', 'Prepared', 'prepare', 'measured_rate', 'validation', 'train']
 
-# %% ../nbs/21_libritts.ipynb #27596aa8
+# %% ../nbs/21_libritts.ipynb #2705c5d4
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .transformer import TransformerConfig
 from .tts import TTS, save_model
 from .vocoder import MelCodec, MelCodecConfig
 
-# %% ../nbs/21_libritts.ipynb #b850e2ad
+# %% ../nbs/21_libritts.ipynb #aa304ebe
 @dataclass
 class Recipe:
     "Everything a named training run is made of."
@@ -38,17 +38,17 @@ class Recipe:
     voices: bool = False  # learn an embedding for every voice of the corpus
     longest: float = 10.0  # seconds; longer utterances are left out
 
-# %% ../nbs/21_libritts.ipynb #4f4ff915
+# %% ../nbs/21_libritts.ipynb #8658915c
 def toy_shape(width: int = 192, layers: int = 4, head_layers: int = 3, **fields) -> ARDMConfig:
     "An ARDM of a few million parameters."
     heads, hidden = width // 48 if width % 48 == 0 else width // 64, width * 8 // 3 // 32 * 32
     return ARDMConfig(backbone=TransformerConfig(width, layers, heads, heads, hidden),
                       head=HeadConfig(cond_dim=width, width=width, layers=head_layers, heads=heads, hidden=hidden), **fields)
 
-# %% ../nbs/21_libritts.ipynb #eb777035
+# %% ../nbs/21_libritts.ipynb #288035d6
 PHRASES = TrainConfig(steps=4000, minutes=10.5, learning_rate=1.5e-3, batch_frames=2000)
 
-# %% ../nbs/21_libritts.ipynb #0faca7e6
+# %% ../nbs/21_libritts.ipynb #f5e0a009
 RECIPES = {
     "toy": Recipe("phrases", toy_shape(), PHRASES),
     "toy-unaligned": Recipe("phrases", toy_shape(), PHRASES, teacher=None),
@@ -59,7 +59,7 @@ RECIPES = {
                     splits=("train.clean.100", "dev.clean", "test.clean"), config="clean", voices=True, longest=16.0),
 }
 
-# %% ../nbs/21_libritts.ipynb #b9b4d1ea
+# %% ../nbs/21_libritts.ipynb #71b3578f
 def recipe(
     name: str,  # a key of RECIPES
 ) -> Recipe:
@@ -67,7 +67,7 @@ def recipe(
     if name in RECIPES: return RECIPES[name]
     raise CourseError(f"There is no recipe {name!r}. Recipes: {', '.join(RECIPES)}.")
 
-# %% ../nbs/21_libritts.ipynb #da73a638
+# %% ../nbs/21_libritts.ipynb #a1cfe518
 def corpus_source(
     recipe: Recipe,
     corpus: str | Path | None,  # another copy: a folder, or a hub id
@@ -79,7 +79,7 @@ def corpus_source(
     if not built.is_dir(): raise CourseError(f"The open corpus is not there yet. Make it with `ardm-course data build open --out {built}` (8 hours of speech in some minutes), or name another corpus with --corpus.")
     return str(built)
 
-# %% ../nbs/21_libritts.ipynb #69b93f25
+# %% ../nbs/21_libritts.ipynb #012a5a42
 def fitted_codec(
     wavs: list[Tensor],  # some utterances [T]
 ) -> MelCodec:
@@ -88,10 +88,10 @@ def fitted_codec(
     codec.fit_statistics(wavs)
     return codec
 
-# %% ../nbs/21_libritts.ipynb #d27f49c1
+# %% ../nbs/21_libritts.ipynb #8aa84be9
 Teach = Callable[[str, int], Tensor]  # row id, number of patches N -> teacher features [N, 4, E]
 
-# %% ../nbs/21_libritts.ipynb #017a4761
+# %% ../nbs/21_libritts.ipynb #89811979
 def whisper_teacher(
     rows,  # of a corpus
     sample: list[Tensor],  # utterances for the statistics
@@ -102,7 +102,7 @@ def whisper_teacher(
     place = {row_id: index for index, row_id in enumerate(cache.ids)}
     return lambda row_id, patches: teacher_patches(cache[place[row_id]], patches)
 
-# %% ../nbs/21_libritts.ipynb #d472140f
+# %% ../nbs/21_libritts.ipynb #24ff96d9
 def phone_teacher(
     phones: dict[str, dict],  # row id -> phones and their ends
 ) -> Teach:
@@ -110,7 +110,7 @@ def phone_teacher(
     labels = PhoneLabels(phone_alphabet(phones))
     return lambda row_id, patches: teacher_patches(labels(phones[row_id]["phones"], phones[row_id]["ends"], 4 * patches), patches)
 
-# %% ../nbs/21_libritts.ipynb #617ffda5
+# %% ../nbs/21_libritts.ipynb #f1de9ec3
 def some_speech(
     rows,  # of a corpus
     count: int,
@@ -118,14 +118,14 @@ def some_speech(
     "Utterances spread evenly over a corpus, for statistics."
     return [decode(rows[index]) for index in range(0, len(rows), max(1, len(rows) // count))][:count]
 
-# %% ../nbs/21_libritts.ipynb #2f0a7549
+# %% ../nbs/21_libritts.ipynb #af9eca7e
 def phones_of(
     source: str,  # corpus name or folder
 ) -> dict[str, dict]:  # row id -> phonemes, phones, ends
     "The phones of a corpus that we synthesised."
     return load_phones(source if source == "phrases" else Path(source) / "phones.parquet")
 
-# %% ../nbs/21_libritts.ipynb #c5d08c7d
+# %% ../nbs/21_libritts.ipynb #4353245c
 @dataclass
 class Prepared:
     "A recipe's data, ready to train on."
@@ -133,7 +133,7 @@ class Prepared:
     validation: SpeechData
     config: ARDMConfig  # with the codec's statistics and the names of the voices
 
-# %% ../nbs/21_libritts.ipynb #d5cdaae8
+# %% ../nbs/21_libritts.ipynb #ddf6dfc0
 def prepare(
     recipe: Recipe,
     corpus: str | Path | None = None,  # another copy of the corpus
@@ -143,7 +143,7 @@ def prepare(
     train, dev = (load_corpus(source, split, recipe.config, streaming=False) for split in recipe.splits[:2])
     sample = some_speech(train, 100)
     codec = MelCodec(MelCodecConfig())
-    codec.fit_statistics(codec.mel(wav) for wav in sample)
+    codec.fit_statistics(codec.encode(wav[None]) for wav in sample)
     config = replace(recipe.model, codec=codec.to_dict(), speakers=tuple(sorted(set(train["speaker_id"]))) if recipe.voices else ())
     phones = phones_of(source) if recipe.teacher == "phones" or config.text.kind == "phonemes" else None
     data = []
@@ -154,7 +154,7 @@ def prepare(
     if recipe.follow_text: config.tokens_per_patch = measured_rate(data[0])  # the data sets hold the same config
     return Prepared(*data, config)
 
-# %% ../nbs/21_libritts.ipynb #4706c779
+# %% ../nbs/21_libritts.ipynb #0d2ada57
 def measured_rate(
     data: SpeechData,
     count: int = 300,  # utterances, spread over the corpus
@@ -163,7 +163,7 @@ def measured_rate(
     items = [data[index] for index in range(0, len(data), max(1, len(data) // count))]
     return round(sum(len(item.tokens) for item in items) / sum(len(item.patches) for item in items), 2)
 
-# %% ../nbs/21_libritts.ipynb #8de8277b
+# %% ../nbs/21_libritts.ipynb #0fe8ad20
 def validation(
     data: SpeechData,
     config: ARDMConfig,
@@ -185,7 +185,7 @@ def validation(
         return sums
     return validate
 
-# %% ../nbs/21_libritts.ipynb #f81bcd9d
+# %% ../nbs/21_libritts.ipynb #4f848e75
 def train(
     name: str,  # of a recipe
     folder: str | Path,  # for log, checkpoints and result; a run that was interrupted goes on

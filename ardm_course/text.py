@@ -12,7 +12,7 @@ __all__ = ['DIGITS', 'MONTHS', 'PLURALS', 'MONEY', 'SCALES', 'ABBREVIATIONS', 'T
            'TextTokenizer', 'merge_pair', 'learn_merges', 'BytePairEncoder', 'save_encoder', 'load_encoder',
            'token_rate']
 
-# %% ../nbs/03_text.ipynb #c8c088d3
+# %% ../nbs/03_text.ipynb #6a73114a
 import json
 import re
 import unicodedata
@@ -27,7 +27,7 @@ import torch
 
 from .core import CourseError, atomic_write
 
-# %% ../nbs/03_text.ipynb #e33b6d62
+# %% ../nbs/03_text.ipynb #a9866146
 DIGITS = "zero one two three four five six seven eight nine".split()
 MONTHS = ("January February March April May June July August September October November December").split()
 PLURALS = {"foot": "feet", "inch": "inches", "half": "halves", "pence": "pence", "yen": "yen", "hertz": "hertz"}
@@ -51,7 +51,7 @@ def say_number(
         return say_digits(whole)
     return num2words(int(whole), to=kind).replace(",", "").replace("-", " ")
 
-# %% ../nbs/03_text.ipynb #066d6827
+# %% ../nbs/03_text.ipynb #8d3edf46
 def say_count(
     number: str, # as in say_number
     noun: str, # in the singular: "dollar"
@@ -75,7 +75,7 @@ def say_plural(
     words = say_number(number, "year")
     return words[:-1] + "ies" if words.endswith("y") else words + "s"
 
-# %% ../nbs/03_text.ipynb #2e2ee8a5
+# %% ../nbs/03_text.ipynb #c4cf22c5
 def say_time(
     match: re.Match, # groups: hour, minute, second or None, a/p or None
 ) -> str: # "nine fifteen", "nine o'clock", "nine oh five AM"
@@ -99,7 +99,7 @@ def stop_at_end(
     "The dot of an abbreviation that ends the text is also the end of its sentence."
     return "." if dot and match.end() == len(match.string) else ""
 
-# %% ../nbs/03_text.ipynb #e60b98e8
+# %% ../nbs/03_text.ipynb #956cd167
 MONEY = {"$": ("dollar", "cent"), "£": ("pound", "pence"), "€": ("euro", "cent"), "¥": ("yen", "sen")}
 SCALES = {"k": "thousand", "m": "million", "b": "billion"}
 
@@ -127,7 +127,7 @@ def say_fraction(
     noun = {"2": "half", "4": "quarter"}.get(bottom) or say_number(bottom, "ordinal")
     return say_count(top, noun)
 
-# %% ../nbs/03_text.ipynb #7cc61743
+# %% ../nbs/03_text.ipynb #5ff37c06
 ABBREVIATIONS = {
     "Mr.": "Mister", "Mrs.": "Missus", "Ms.": "Miz", "Dr.": "Doctor", "St.": "Street", "Prof.": "Professor",
     "Capt.": "Captain", "Col.": "Colonel", "Gen.": "General", "Lt.": "Lieutenant", "Sgt.": "Sergeant",
@@ -148,7 +148,7 @@ def any_of(
     "One regular expression that matches any key, longest first."
     return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
-# %% ../nbs/03_text.ipynb #7575eaf6
+# %% ../nbs/03_text.ipynb #2493641f
 NUMBER = r"\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?"
 MONTH = "|".join(rf"{month[:3]}(?:{month[3:]})?" for month in MONTHS) + "|Sept"
 MONTH_NUMBER = {month[:3]: index for index, month in enumerate(MONTHS, 1)}
@@ -174,7 +174,7 @@ DATE_RULES = [
     (r"\b(\d\d?):(\d\d)(?::(\d\d))?(?:\s?([APap])\.?[Mm]\b\.?)?", say_time),
 ]
 
-# %% ../nbs/03_text.ipynb #9fbdb3e4
+# %% ../nbs/03_text.ipynb #d43c6b50
 NUMBER_RULES = [
     (r"(?<![\w)])-(?=[$£€¥]?\d)", "minus "),
     (rf"({NUMBER})\s?([$£€¥])(?!\d)", r"\2\1"),
@@ -201,7 +201,7 @@ MARK_RULES = [
     (r"(?<![A-Za-z])['-]+|['-]+(?![A-Za-z])", ""),
 ]
 
-# %% ../nbs/03_text.ipynb #76b631b9
+# %% ../nbs/03_text.ipynb #0e1fc25c
 SILENT = set("\"()[]{}<>*_|\\~^`")
 FOLD = str.maketrans({"’": "'", "‘": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "«": '"', "»": '"', "‐": "-",
                       "–": "-", "−": "-", "—": " -- ", "―": " -- ", "⁄": "/", "№": "No. ", "¢": " cents", "×": " times ",
@@ -224,7 +224,7 @@ def tidy(
     text = re.sub(r"[.,;:!?]{2,}", lambda m: max(m[0], key=",:;.!?".index), text)
     return re.sub(r"([.,;:!?])(?=[^\s])", r"\1 ", text).strip()
 
-# %% ../nbs/03_text.ipynb #2946ac0c
+# %% ../nbs/03_text.ipynb #9750350c
 LONGEST_TEXT = 1000
 
 def check_length(
@@ -254,7 +254,7 @@ def normalise(
         warnings.warn(f"normalise dropped symbols it cannot read: {' '.join(unknown)}")
     return words
 
-# %% ../nbs/03_text.ipynb #88064aa6
+# %% ../nbs/03_text.ipynb #601c0013
 PUNCTUATION = " .,?!;:'-"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PHONEMES = "ˈˌ" "AIOQWYaeiouyæɐɑɒɔəɚɛɜɪʊʌᵊᵻ" "bdfhjklmnprstvwxzðŋɡɹɾʃʒʔʤʧθTː"
@@ -273,7 +273,7 @@ def tidy_phonemes(
     phonemes = phonemes.replace("—", ", ").replace("…", ".")
     return tidy("".join(sign for sign in phonemes if sign in PHONEME_IDS))
 
-# %% ../nbs/03_text.ipynb #70c84a68
+# %% ../nbs/03_text.ipynb #abf4a7ef
 @lru_cache(maxsize=None)
 def load_g2p():
     "The grapheme-to-phoneme converter of hibari-tts (American English), loaded once."
@@ -292,7 +292,7 @@ def g2p(
     "Graphemes to phonemes: how the text sounds. Raises CourseError without hibari-tts."
     return tidy_phonemes(load_g2p()(normalise(text), normalize_text=False))
 
-# %% ../nbs/03_text.ipynb #b7eb4bd4
+# %% ../nbs/03_text.ipynb #f514d659
 @dataclass
 class TextConfig:
     "How text becomes tokens."
@@ -311,7 +311,7 @@ def replace_words(
     draws = torch.rand(len(words), generator=generator)
     return [sound if draw < share else word for word, sound, draw in zip(words, spoken, draws.tolist())]
 
-# %% ../nbs/03_text.ipynb #413fd94a
+# %% ../nbs/03_text.ipynb #1e9abc5d
 class TextTokenizer:
     "Text to ids of SYMBOLS and back; both kinds share one vocabulary. Raises CourseError for a config it does not know."
     vocabulary = VOCABULARY_SIZE
@@ -340,7 +340,7 @@ class TextTokenizer:
         "The symbols of the ids; characters and phonemes print as they are."
         return "".join(SYMBOLS[index] for index in ids if index >= SPACE)
 
-# %% ../nbs/03_text.ipynb #33692120
+# %% ../nbs/03_text.ipynb #1d31e864
 # the order of GPT-2: printable bytes first, so that ids agree with other byte-level tokenizers
 BYTES = [byte for byte in range(256) if chr(byte).isprintable() and byte not in (32, 173)]
 BYTES += [byte for byte in range(256) if byte not in set(BYTES)]
@@ -362,7 +362,7 @@ def merge_pair(
             out.append(index)
     return out
 
-# %% ../nbs/03_text.ipynb #590285fe
+# %% ../nbs/03_text.ipynb #3b408ef9
 def learn_merges(
     texts: list[str], # what to learn from
     vocabulary: int, # number of tokens to reach, 256 of them single bytes
@@ -390,7 +390,7 @@ def learn_merges(
         merges.append(best)
     return merges
 
-# %% ../nbs/03_text.ipynb #d59f4f78
+# %% ../nbs/03_text.ipynb #2620765f
 class BytePairEncoder:
     "Byte-level byte-pair encoding (GPT-2, Qwen2): every text has ids, nothing is unknown."
 
@@ -422,7 +422,7 @@ class BytePairEncoder:
         "The text of the ids; bytes that make no whole character become a replacement sign."
         return b"".join(self.tokens[index] for index in ids).decode(errors="replace")
 
-# %% ../nbs/03_text.ipynb #3ea3ba58
+# %% ../nbs/03_text.ipynb #ea25d255
 def save_encoder(
     encoder: BytePairEncoder, # a trained encoder
     path: str | Path, # a JSON file
@@ -440,7 +440,7 @@ def load_encoder(
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise CourseError(f"{path} is not a byte-pair encoder ({error}). Make one with save_encoder.") from error
 
-# %% ../nbs/03_text.ipynb #8bcdfefe
+# %% ../nbs/03_text.ipynb #24994dbb
 def token_rate(
     ids: list[int], # the tokens of a text
     seconds: float, # how long the text takes to say
