@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['BENCH_TEXT', 'at_least', 'command', 'run_doctor', 'run_build', 'run_info', 'wrong_files', 'unreadable_rows',
-           'run_check', 'run_train', 'run_speak', 'median', 'seconds_of', 'RandomSpeech', 'training_speed',
-           'run_bench_train', 'save_bench', 'speaker_named', 'generate_without_cache', 'generation_times',
-           'run_bench_generate']
+           'run_check', 'run_train', 'run_speak', 'sentences', 'spoken', 'evaluation_rows', 'print_rows',
+           'run_evaluate', 'median', 'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench',
+           'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate', 'speaking_options',
+           'add_data', 'add_model', 'add_measure', 'make_parser', 'main']
 
-# %% ../nbs/appendix/cli.ipynb #e581361a
+# %% ../nbs/appendix/cli.ipynb #5484906f
 import argparse, contextlib, os, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-# %% ../nbs/appendix/cli.ipynb #f17b2ac9
+# %% ../nbs/appendix/cli.ipynb #1fb61fb6
 def at_least(
     kind: type, # int or float
     least: float, # smallest value allowed
@@ -40,7 +41,7 @@ def command(
     parser.set_defaults(run=run)
     return parser
 
-# %% ../nbs/appendix/cli.ipynb #03e973ae
+# %% ../nbs/appendix/cli.ipynb #3c93c763
 def run_doctor(args: argparse.Namespace) -> int: # 1 if something must be mended
     "ardm-course doctor"
     from ardm_course.core import doctor, print_doctor
@@ -65,7 +66,7 @@ def run_info(args: argparse.Namespace) -> None:
         text = ", ".join(f"{key} {part:.2f}".strip() if isinstance(part, float) else f"{key} {part}".strip() for key, part in parts)
         print(f"{name.replace('_', ' '):22} {text}")
 
-# %% ../nbs/appendix/cli.ipynb #ed14f6a2
+# %% ../nbs/appendix/cli.ipynb #db7bb153
 def wrong_files(
     folder: Path, # the course's data folder
 ) -> Iterator[str]: # what is wrong, file by file
@@ -107,7 +108,7 @@ def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     print(f"{found} to mend." if found else "Nothing to mend.")
     return min(found, 1)
 
-# %% ../nbs/appendix/cli.ipynb #e1937cc4
+# %% ../nbs/appendix/cli.ipynb #3c23e6e1
 def run_train(args: argparse.Namespace) -> None:
     "ardm-course train"
     from ardm_course.recipes import train
@@ -132,7 +133,91 @@ def run_speak(args: argparse.Namespace) -> None:
     print(f"{args.out}: {timings['audio_s']:.2f} s of speech in {timings['total_s']:.2f} s "
           f"(real-time factor {timings['rtf']:.2f}), ended by: {speech.stop_reason}")
 
-# %% ../nbs/appendix/cli.ipynb #c9f8455c
+# %% ../nbs/appendix/cli.ipynb #c230b56b
+def sentences(args: argparse.Namespace) -> tuple[dict, str | None]: # text -> recording [T] at 24 kHz or None; what the recordings are
+    "What to say, and how it should sound: a corpus with its recordings, or a file whose lines the synthesiser reads if it is installed."
+    from itertools import islice
+    from ardm_course.corpus import decode, load_corpus
+    from ardm_course.data_build import speak, texts_dir
+    from ardm_course.text import has_g2p, normalise
+    if args.corpus:
+        rows = islice(load_corpus(args.corpus, args.split), args.limit)
+        return {row["text_normalized"]: decode(row) for row in rows}, f"recordings of {args.corpus}, {args.split}"
+    lines = (args.sentences or texts_dir() / "unseen.txt").read_text(encoding="utf-8").splitlines()
+    texts = [line.strip() for line in lines if line.strip()][:args.limit]
+    if not has_g2p():
+        return dict.fromkeys(texts), None
+    return {text: speak(normalise(text)).wav for text in texts}, "hibari-tts, voice 4001 of the embedded corpora"
+
+
+def spoken(tts, texts: Iterable[str], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
+    "Speak all texts once per seed."
+    speeches = []
+    for seed in range(seeds):
+        speeches += [tts(text, seed=seed, **options) for text in texts]
+        print(f"seed {seed}: {len(speeches) // (seed + 1)} sentences spoken", flush=True)
+    return speeches
+
+# %% ../nbs/appendix/cli.ipynb #48c020c8
+def evaluation_rows(
+    tts,
+    speeches: list, # Speech of every text, seed after seed
+    real: dict, # text -> recording or None
+) -> dict: # rows, and the rows of the single seeds
+    "Judge recordings, the same through the codec and back, and what the model said."
+    from ardm_course.evaluation import Sample, evaluate, measure, summarise
+    from ardm_course.report import KINDS, full_row
+    rate, known = tts.codec.sample_rate, {text: wav for text, wav in real.items() if wav is not None}
+    back = {text: tts.codec.decode(tts.codec.encode(wav[None]))[0] for text, wav in known.items()}
+    rows = {"real": evaluate([Sample(text, wav, rate) for text, wav in known.items()]) if known else None,
+            "resynthesised": evaluate([Sample(text, wav, rate, known[text]) for text, wav in back.items()]) if known else None}
+    texts = list(real) * (len(speeches) // len(real))
+    answers = measure([Sample(text, speech.wav, rate, real[text]) for text, speech in zip(texts, speeches)])
+    rows["generated"] = summarise(answers)
+    single = [summarise({name: values and values[start:start + len(real)] for name, values in answers.items()})
+              for start in range(0, len(speeches), len(real))]
+    transcripts = [{"text": text, "seed": number // len(real), "stop_reason": speech.stop_reason,
+                    "heard": {name: answers[name] and answers[name][number] for name in answers if name not in ("text", "similarity", "mos")}}
+                   for number, (text, speech) in enumerate(zip(texts, speeches))]
+    return {"rows": {kind: full_row(rows.get(kind)) for kind in KINDS}, "seeds": list(map(full_row, single)), "samples": transcripts}
+
+# %% ../nbs/appendix/cli.ipynb #96ccb4da
+def print_rows(rows: dict[str, dict]) -> None:
+    "Rows of a report as text; a hyphen stands for what was not measured."
+    from ardm_course.report import MEASURES
+    print(f"{'':14}{'n':>5}" + "".join(f"{name:>24}" for name in MEASURES))
+    for kind, row in rows.items():
+        cells = []
+        for name, (_, factor, digits) in MEASURES.items():
+            low, high = row["intervals"][name] or (None, None)
+            limits = f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]" if low is not None else ""
+            cells.append("-" if row[name] is None else f"{factor * row[name]:.{digits}f}{limits}")
+        print(f"{kind:14}{row['n']:5}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    "ardm-course evaluate"
+    import torch
+    from ardm_course.core import CourseError
+    from ardm_course.evaluation import real_time_factor, stop_reasons
+    from ardm_course.report import environment, write_json
+    from ardm_course.tts import TTS
+    options = {"voice": args.voice, "guidance": args.guidance, "steps": args.steps, "threshold": args.threshold}
+    tts, (real, origin) = TTS.from_pretrained(args.name), sentences(args)
+    if not real:
+        raise CourseError("There is no sentence to speak. Give a file with one sentence a line.")
+    speeches = spoken(tts, real, args.seeds, **options)
+    with torch.no_grad():
+        found = evaluation_rows(tts, speeches, real)
+    rtf = real_time_factor(*(sum(speech.timings[name] for speech in speeches) for name in ("total_s", "audio_s")))
+    print_rows(found["rows"])
+    print(f"real-time factor {rtf:.2f}; ended by {stop_reasons(speech.stop_reason for speech in speeches)}; real is: {origin or 'not there'}")
+    if args.json:
+        write_json(args.json, {"system": args.name, "sentences": str(args.corpus or args.sentences or "unseen.txt"), "real_is": origin, **options,
+                               "rtf": rtf, "stop_reasons": stop_reasons(speech.stop_reason for speech in speeches), **found,
+                               "environment": environment()})
+
+# %% ../nbs/appendix/cli.ipynb #7c57bbac
 def median(values: Iterable[float]) -> float:
     "The middle of some timings; a run that something else disturbed does not move it."
     import statistics
@@ -165,7 +250,7 @@ class RandomSpeech:
 
     def __getitem__(self, index: int): return self.items[index]
 
-# %% ../nbs/appendix/cli.ipynb #cd33b364
+# %% ../nbs/appendix/cli.ipynb #7ffcad27
 def training_speed(
     name: str, # of a recipe
     threads: int,
@@ -214,7 +299,7 @@ def save_bench(path: Path | None, data: dict) -> None:
         write_json(path, {**data, "environment": environment()})
         print(f"Written to {path}.")
 
-# %% ../nbs/appendix/cli.ipynb #c299dcc9
+# %% ../nbs/appendix/cli.ipynb #84e196d7
 def speaker_named(
     name: str, # a checkpoint, or a recipe: its shape with random weights, which are as fast
 ):
@@ -253,7 +338,7 @@ def generate_without_cache(
             drawn = torch.cat([drawn, model.head.sample(state, previous, **options)])
     return drawn
 
-# %% ../nbs/appendix/cli.ipynb #0504c162
+# %% ../nbs/appendix/cli.ipynb #0ab6d602
 BENCH_TEXT = "The old clock in the hall has stopped again."
 
 
@@ -290,3 +375,113 @@ def run_bench_generate(args: argparse.Namespace) -> None:
         print(f"{name.replace('_', ' '):22} {value:8.2f}")
     settings = {"bench": "generate", "system": args.name, "guidance": args.guidance, "steps": args.steps, "patches": count, "repeats": args.repeats}
     save_bench(args.json, {**settings, **found, "runs_s": runs})
+
+# %% ../nbs/appendix/cli.ipynb #6e779299
+def speaking_options(parser: argparse.ArgumentParser) -> None:
+    "The options that decide how something is said."
+    parser.add_argument("--voice", help="one of the checkpoint's voices (default: its first)")
+    parser.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=2.0, help="w in u + w (c - u); 1 is none and twice as fast (default: %(default)s)")
+    parser.add_argument("--threshold", type=float, default=0.5, help="stop when the stop head is surer than this (default: %(default)s)")
+
+
+def add_data(commands) -> None:
+    "doctor and data"
+    command(commands, "doctor", run_doctor, "Say what is wrong with this environment, and how to mend it.")
+    data = commands.add_parser("data", help="Make, check and describe corpora.").add_subparsers(required=True, metavar="build|check|info")
+    build = command(data, "build", run_build, "Make a corpus; an interrupted build goes on.", "data build open\ndata build phrases --hours 0.1 --out small")
+    build.add_argument("name", help="phrases, stories, real, librivox or open")
+    build.add_argument("--out", type=Path, help="folder to make (default: where `train` looks for it)")
+    build.add_argument("--hours", type=at_least(float, 0), help="how much speech, for phrases and open")
+    build.add_argument("--seed", type=int, default=0, help="of the sentences and the synthesiser (default: %(default)s)")
+    build.add_argument("--workers", type=at_least(int, 1), default=1, help="processes (default: %(default)s)")
+    build.add_argument("--source", type=Path, help="folder of recordings, for real, librivox and stories (default: those the course ships)")
+    check = command(data, "check", run_check, "Decode every recording of a corpus; without SOURCE, compare the shipped files with their checksums.",
+                    "data check\ndata check LibriTTS --split dev-clean")
+    info = command(data, "info", run_info, "Hours, speakers and rates of a corpus.", "data info phrases\ndata info LibriTTS --split train-clean-100")
+    for parser, many in ((check, "?"), (info, None)):
+        parser.add_argument("source", nargs=many, help="phrases, stories, real, librivox, a folder, or a hub id")
+        parser.add_argument("--split", default="train", help="split, or subset of a LibriTTS tree (default: %(default)s)")
+        parser.add_argument("--config", help="configuration on the hub")
+
+# %% ../nbs/appendix/cli.ipynb #60ab72ef
+def add_model(commands) -> None:
+    "train and speak"
+    train = command(commands, "train", run_train, "Train a named recipe; a run that was interrupted goes on.",
+                    "train toy\ntrain toy --steps 200 --out runs/short\ntrain small --corpus LibriTTS")
+    train.add_argument("name", help="recipe: toy, toy-unaligned, ditar-toy or small")
+    train.add_argument("--out", type=Path, help="folder for log, checkpoints and model (default: runs/train-NAME)")
+    train.add_argument("--corpus", help="another copy of the corpus: a folder, or a hub id")
+    train.add_argument("--steps", type=at_least(int, 1), help="optimizer steps (default: the recipe's)")
+    train.add_argument("--minutes", type=at_least(float, 0.01), help="end after this time, with a finished decay (default: the recipe's)")
+    train.add_argument("--seed", type=int, help="default: the recipe's")
+    speak = command(commands, "speak", run_speak, "Speak a text into a sound file.",
+                    "speak 'The train leaves at nine.' --out train.wav\nspeak - --out letter.ogg < letter.txt\n"
+                    "speak 'Good morning.' --checkpoint runs/train-toy/model --seed 1 --out hello.wav")
+    speak.add_argument("text", help="what to say; - reads it from standard input")
+    speak.add_argument("--checkpoint", default="ditar-toy", help="released name, folder, or hub id (default: %(default)s)")
+    speak.add_argument("--seed", type=int, default=0, help="same seed, same speech (default: %(default)s)")
+    speak.add_argument("--out", type=Path, required=True, help="file to write: .wav, .flac or .ogg")
+    speaking_options(speak)
+
+# %% ../nbs/appendix/cli.ipynb #5b898e1e
+def add_measure(commands) -> None:
+    "evaluate and bench"
+    evaluate = command(commands, "evaluate", run_evaluate, "Speak sentences with several seeds and let independent judges measure them.",
+                       "evaluate ditar-toy --json unseen.json\nevaluate runs/train-toy/model --corpus phrases --split test --limit 20")
+    evaluate.add_argument("name", help="checkpoint: released name, folder, or hub id")
+    what = evaluate.add_mutually_exclusive_group()
+    what.add_argument("--sentences", type=Path, help="file with one sentence a line (default: the course's unseen.txt)")
+    what.add_argument("--corpus", help="say the sentences of a corpus, and judge its recordings too")
+    evaluate.add_argument("--split", default="test", help="of the corpus (default: %(default)s)")
+    evaluate.add_argument("--seeds", type=at_least(int, 1), default=3, help="speak everything with seeds 0, 1, ... (default: %(default)s)")
+    evaluate.add_argument("--limit", type=at_least(int, 1), help="only the first sentences")
+    evaluate.add_argument("--json", type=Path, help="file to write")
+    speaking_options(evaluate)
+    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate")
+    train = command(bench, "train", run_bench_train, "Seconds of speech per core-second of a recipe's training step, with 1 and with all threads.",
+                    "bench train toy --json train.json")
+    generate = command(bench, "generate", run_bench_generate, "Real-time factor, first sound, and what guidance and the cache are worth.",
+                       "bench generate ditar-toy --json generate.json")
+    train.add_argument("name", nargs="?", default="toy", help="recipe (default: %(default)s)")
+    generate.add_argument("name", nargs="?", default="toy", help="checkpoint, or a recipe for random weights of its shape (default: %(default)s)")
+    generate.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
+    generate.add_argument("--guidance", type=float, default=2.0, help="scale of the guided variant (default: %(default)s)")
+    for parser in (train, generate):
+        parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
+        parser.add_argument("--json", type=Path, help="file to write")
+
+# %% ../nbs/appendix/cli.ipynb #0aa165b6
+def make_parser() -> argparse.ArgumentParser:
+    "The whole command line; nothing heavy is imported for it."
+    from ardm_course import __version__
+    parser = argparse.ArgumentParser("ardm-course", description="Autoregressive diffusion speech synthesis: data, training, speaking and measuring.",
+                                     epilog="`ardm-course COMMAND --help` has examples. ARDM_DATA and ARDM_CACHE move data and cache.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for add in (add_data, add_model, add_measure):
+        add(commands)
+    return parser
+
+
+def main(
+    argv: list[str] | None = None, # words after `ardm-course`; None: those of this process
+) -> int: # exit code: 0, 1 (something to mend), 2 (an error you can act on), 130 (interrupted)
+    "Run one command; a CourseError becomes one line."
+    args = make_parser().parse_args(argv)
+    try:
+        code = args.run(args) or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
+        from ardm_course.core import CourseError
+        if isinstance(error, ValueError) and not isinstance(error, CourseError):
+            raise  # a mistake of ours: show where
+        print(f"ardm-course: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2

