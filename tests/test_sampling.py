@@ -275,7 +275,7 @@ def test_guidance_commutes_with_what_the_network_predicts(zero_star):
     assert same is not zero_star
 
 
-@pytest.mark.parametrize("steps", (10, 25, 50))
+@pytest.mark.parametrize("steps", (10, 25, 49))
 def test_a_late_start_is_voxcpms_zero_velocity(steps):
     "VoxCPM's loop, written out: sway +1 grid, s*, the first steps with velocity zero."
     conditions, x1 = noise(2, 8, 64, seed=5), noise(2, 8, 64, seed=6)

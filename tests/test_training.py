@@ -319,7 +319,7 @@ def child(tmp_path, code, *launch, **environment):
     script.write_text(COMMON + textwrap.dedent(code))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1]), "CUDA_VISIBLE_DEVICES": "", **environment}
     done = subprocess.run([sys.executable, *launch, str(script), str(tmp_path)], env=environment, text=True, capture_output=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:6000]
     return done.stdout
 
 
