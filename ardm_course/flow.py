@@ -6,7 +6,7 @@
 __all__ = ['PATHS', 'KINDS', 'Path', 'LinearPath', 'CosinePath', 'expand', 'noise_like', 'interpolate', 'target', 'convert',
            'GaussianMixture', 'expectations', 'exact_predictor', 'sample_times', 'flow_loss']
 
-# %% ../nbs/07_flow.ipynb #bb184b28
+# %% ../nbs/07_flow.ipynb #1e032f80
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from .core import CourseError
 
-# %% ../nbs/07_flow.ipynb #a884ea2d
+# %% ../nbs/07_flow.ipynb #645ac7b2
 class Path(Protocol):
     """How data and noise are mixed: xt = alpha(t) x0 + sigma(t) x1, data at t = 0 and noise at t = 1."""
 
@@ -46,7 +46,7 @@ class LinearPath:
         "Time derivative of sigma."
         return torch.ones_like(t)
 
-# %% ../nbs/07_flow.ipynb #f5fc443a
+# %% ../nbs/07_flow.ipynb #d0588d78
 class CosinePath:
     """The variance-preserving path of DiTAR and MELA-TTS: xt = cos(pi t / 2) x0 + sin(pi t / 2) x1."""
 
@@ -70,7 +70,7 @@ class CosinePath:
 PATHS: dict[str, Path] = {"linear": LinearPath(), "cosine": CosinePath()}
 KINDS = ("v", "x0", "eps")
 
-# %% ../nbs/07_flow.ipynb #448d7ff3
+# %% ../nbs/07_flow.ipynb #0de7c3bd
 def expand(
     t: Tensor,  # [] or [B] or [B, N] one time per example
     x: Tensor,  # [B, ..., D] the tensor that t must multiply
@@ -78,7 +78,7 @@ def expand(
     """Give t trailing axes so that it broadcasts over the example axes of x."""
     return t.reshape(t.shape + (1,) * (x.dim() - t.dim()))
 
-# %% ../nbs/07_flow.ipynb #07e8cb67
+# %% ../nbs/07_flow.ipynb #35858258
 def noise_like(
     x: Tensor,  # [...] shape, dtype and device to imitate
     generator: torch.Generator | None = None,  # drawn on its own device: one seed, one noise, on any device
@@ -99,7 +99,7 @@ def interpolate(
     t = expand(t, x0)
     return path.alpha(t) * x0 + path.sigma(t) * x1
 
-# %% ../nbs/07_flow.ipynb #599c5eab
+# %% ../nbs/07_flow.ipynb #e6131c50
 def target(
     path: Path,  # how data and noise are mixed
     kind: str,  # what the network predicts: "v", "x0" or "eps"
@@ -115,9 +115,9 @@ def target(
         return x0
     if kind == "eps":
         return x1
-    raise CourseError(f"unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
+    raise CourseError(f"Unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
 
-# %% ../nbs/07_flow.ipynb #551900d5
+# %% ../nbs/07_flow.ipynb #0b25c2c2
 def convert(
     path: Path,  # how data and noise are mixed
     prediction: Tensor,  # [B, ...] network output
@@ -136,10 +136,10 @@ def convert(
     elif kind == "eps":
         x0, x1 = (xt - sigma * prediction) / alpha, prediction
     else:
-        raise CourseError(f"unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
+        raise CourseError(f"Unknown prediction kind {kind!r}. Use one of {', '.join(KINDS)}.")
     return x0, x1, d_alpha * x0 + d_sigma * x1
 
-# %% ../nbs/07_flow.ipynb #d6fdf1c6
+# %% ../nbs/07_flow.ipynb #e85fab82
 class GaussianMixture:
     """A mixture of round Gaussians, whose noised densities, scores and velocities are known exactly."""
 
@@ -161,7 +161,7 @@ class GaussianMixture:
         centres = self.means[torch.multinomial(self.weights, count, replacement=True, generator=generator)]
         return centres + self.std * noise_like(centres, generator)
 
-# %% ../nbs/07_flow.ipynb #94aa725a
+# %% ../nbs/07_flow.ipynb #8c86a1e8
 def expectations(
     mixture: GaussianMixture,  # the data
     path: Path,  # how data and noise are mixed
@@ -189,7 +189,7 @@ def exact_predictor(
         return target(path, kind, x0, x1, t.expand(len(xt)))
     return predict
 
-# %% ../nbs/07_flow.ipynb #1d6f401d
+# %% ../nbs/07_flow.ipynb #5d0cda9a
 def sample_times(
     shape: int | tuple[int, ...],  # number of times, or a shape such as [B, N]
     kind: str = "logit_normal",  # "logit_normal" or "uniform"
@@ -205,9 +205,9 @@ def sample_times(
         return torch.rand(shape, generator=generator, device=source).to(device)
     if kind == "logit_normal":
         return torch.sigmoid(mean + std * torch.randn(shape, generator=generator, device=source)).to(device)
-    raise CourseError(f"unknown time distribution {kind!r}. Use 'logit_normal' or 'uniform'.")
+    raise CourseError(f"Unknown time distribution {kind!r}. Use 'logit_normal' or 'uniform'.")
 
-# %% ../nbs/07_flow.ipynb #c47f1953
+# %% ../nbs/07_flow.ipynb #d7d6dc3f
 def flow_loss(
     predict: Callable[[Tensor, Tensor], Tensor],  # network: (xt [B, ...], t [B]) -> prediction [B, ...]
     x0: Tensor,  # [B, ...] data

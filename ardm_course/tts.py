@@ -6,7 +6,7 @@
 __all__ = ['config_from_dict', 'find_checkpoint', 'load_model', 'save_model', 'split_text', 'join_short', 'arriving_pieces',
            'Speech', 'TTS', 'voice_id', 'draw', 'say']
 
-# %% ../nbs/11b_tts.ipynb #ce4bcb13
+# %% ../nbs/11b_tts.ipynb #d6e3383c
 import json
 import re
 import time
@@ -25,7 +25,7 @@ from .core import CourseError, atomic_write, data_dir
 from .text import TextTokenizer, normalise
 from .vocoder import MelCodec
 
-# %% ../nbs/11b_tts.ipynb #dd06cc8e
+# %% ../nbs/11b_tts.ipynb #24f16422
 def config_from_dict(
     kind: type,  # a dataclass
     values: dict,  # its fields, nested dataclasses as dictionaries
@@ -37,7 +37,7 @@ def config_from_dict(
     return kind(**{name: config_from_dict(types[name], value) if is_dataclass(types[name]) else tuple(value) if isinstance(value, list) else value
                    for name, value in values.items()})
 
-# %% ../nbs/11b_tts.ipynb #872fb045
+# %% ../nbs/11b_tts.ipynb #6d6a49a6
 def find_checkpoint(
     name: str | Path,  # a released checkpoint such as "ditar-toy", a folder, or a hub id "organisation/model"
 ) -> Path:  # a folder with config.json and model.safetensors
@@ -49,7 +49,7 @@ def find_checkpoint(
     known = sorted(p.parent.name for p in shipped.glob("*/config.json"))
     raise CourseError(f"There is no checkpoint {str(name)!r}. Released ones: {', '.join(known) or 'none'}; or give a folder that holds config.json and model.safetensors.")
 
-# %% ../nbs/11b_tts.ipynb #a00a4cb0
+# %% ../nbs/11b_tts.ipynb #097b30b2
 def load_model(
     folder: Path,  # of a checkpoint
 ) -> ARDM:  # on the CPU, in single precision, ready to speak
@@ -67,7 +67,7 @@ def load_model(
     except RuntimeError as error: raise CourseError(f"The weights in {folder} do not fit its config.json. Use the two files that were saved together.") from error
     return model
 
-# %% ../nbs/11b_tts.ipynb #3053853a
+# %% ../nbs/11b_tts.ipynb #c62472f9
 def save_model(
     model: ARDM,
     folder: Path,
@@ -78,7 +78,7 @@ def save_model(
     with atomic_write(folder / "model.safetensors") as path: save_file(weights, path)
     with atomic_write(folder / "config.json") as path: path.write_text(json.dumps(asdict(model.config), indent=1), encoding="utf-8")
 
-# %% ../nbs/11b_tts.ipynb #c6112578
+# %% ../nbs/11b_tts.ipynb #c939c8ed
 def split_text(
     text: str,  # any text
     limit: int = 110,  # characters in a piece, about what the model was trained on
@@ -101,7 +101,7 @@ def join_short(
         else: joined.append(part)
     return joined
 
-# %% ../nbs/11b_tts.ipynb #7dada216
+# %% ../nbs/11b_tts.ipynb #37429fda
 def arriving_pieces(
     text: str | Iterable[str],  # a text, or words that arrive one by one
     limit: int = 110,  # characters
@@ -116,7 +116,7 @@ def arriving_pieces(
         waiting = "" if len(ready) == len(pieces) else pieces[-1]
     if waiting: yield waiting
 
-# %% ../nbs/11b_tts.ipynb #0fc64d76
+# %% ../nbs/11b_tts.ipynb #ce54f547
 @dataclass
 class Speech:
     "What a text became."
@@ -130,7 +130,7 @@ class Speech:
         "Write the sound to a file."
         save_audio(path, self.wav, self.sample_rate)
 
-# %% ../nbs/11b_tts.ipynb #32c223df
+# %% ../nbs/11b_tts.ipynb #7ba58fbb
 class TTS(ModelHubMixin):
     "Text to speech: text front end, ARDM and codec behind one call; save, load and push in the Hugging Face layout."
     def __init__(self,
@@ -147,7 +147,12 @@ class TTS(ModelHubMixin):
         "Load a checkpoint. Raises CourseError with the names there are, or what is wrong with the files."
         return cls(load_model(find_checkpoint(name)))
 
-    def _save_pretrained(self, save_directory: Path) -> None: save_model(self.model, save_directory)
+    def save_pretrained(self,
+        folder: str | Path, # made if it is not there
+        **options, # what push_to_hub hands over; not used
+    ) -> None:
+        "Write a checkpoint; a failure leaves the old files as they were."
+        save_model(self.model, Path(folder))
 
     def stream(self, text: str | Iterable[str], **options) -> Iterator[Tensor]:
         "Speak while the text is still arriving; yields [T] samples as soon as they are final. Options as in `draw`."
@@ -160,7 +165,7 @@ class TTS(ModelHubMixin):
         "Speak a text. Options as in `draw`; raises CourseError for a text that cannot be spoken."
         return say(self, text, **options)
 
-# %% ../nbs/11b_tts.ipynb #b94cdb1f
+# %% ../nbs/11b_tts.ipynb #40be8e8a
 def voice_id(
     config: ARDMConfig,
     voice: str | None,  # name of a voice; None: the first
@@ -184,7 +189,7 @@ def draw(
     return generate(tts.model, tokens, voice_id(tts.model.config, voice), guidance=guidance, steps=steps,
                     generator=generator, threshold=threshold)
 
-# %% ../nbs/11b_tts.ipynb #aeb6f067
+# %% ../nbs/11b_tts.ipynb #08d08cee
 def say(
     tts: TTS,
     text: str,

@@ -6,7 +6,7 @@
 __all__ = ['overlap_add', 'window_power', 'istft', 'alternate', 'noise_spectrum', 'griffin_lim', 'mel_to_magnitude', 'equalise',
            'mel_griffin_lim', 'Codec', 'MelCodecConfig', 'MelCodec', 'invert', 'MelStream']
 
-# %% ../nbs/05_vocoder.ipynb #c1633297
+# %% ../nbs/05_vocoder.ipynb #b868e49a
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .audio import LogMel, MelConfig, mel_filterbank
 from .core import CourseError
 
-# %% ../nbs/05_vocoder.ipynb #8a5b12d6
+# %% ../nbs/05_vocoder.ipynb #8b6bcd30
 def overlap_add(
     frames: Tensor, # [..., F, n_fft] windowed pieces, each `hop` later than the one before
     hop: int, # samples; must divide n_fft
@@ -40,7 +40,7 @@ def window_power(
     power = torch.hann_window(n_fft, device=device).square()
     return overlap_add(power.expand(count, -1), hop).clamp(min=1e-2)
 
-# %% ../nbs/05_vocoder.ipynb #f3e8340f
+# %% ../nbs/05_vocoder.ipynb #3702370d
 def istft(
     spectrum: Tensor, # complex [..., n_fft // 2 + 1, frames], as `audio.stft` returns
     n_fft: int, # samples per frame
@@ -56,7 +56,7 @@ def istft(
     wav = overlap_add(frames * window, hop) / window_power(count, n_fft, hop, spectrum.device)
     return wav[..., pad : pad + length]
 
-# %% ../nbs/05_vocoder.ipynb #73304632
+# %% ../nbs/05_vocoder.ipynb #424ebce7
 def alternate(
     start: Tensor, # complex [B, F, bins] first guess, one row per frame
     constrain: Callable[[Tensor], Tensor], # moves any spectrum onto what is known about it
@@ -79,7 +79,7 @@ def alternate(
         spectrum, before = constrain(ahead), now
     return spectrum
 
-# %% ../nbs/05_vocoder.ipynb #e2075bff
+# %% ../nbs/05_vocoder.ipynb #585a9315
 def noise_spectrum(
     count: int, # frames
     n_fft: int, # samples per frame
@@ -108,7 +108,7 @@ def griffin_lim(
     spectrum = alternate(start.expand(len(wanted), -1, -1), put_back, n_fft, hop, iterations, momentum)
     return istft(spectrum.transpose(1, 2), n_fft, hop)
 
-# %% ../nbs/05_vocoder.ipynb #71eab055
+# %% ../nbs/05_vocoder.ipynb #82899392
 def mel_to_magnitude(
     mel: Tensor, # [B, frames, mels] log-mel
     config: MelConfig, # as given to LogMel
@@ -117,7 +117,7 @@ def mel_to_magnitude(
     inverse = torch.linalg.pinv(mel_filterbank(config)).to(mel) # [bins, mels]
     return (inverse @ mel.exp().transpose(1, 2)).clamp(min=0)
 
-# %% ../nbs/05_vocoder.ipynb #6e0667b3
+# %% ../nbs/05_vocoder.ipynb #ab969d3e
 def equalise(
     spectrum: Tensor, # complex [B, frames, bins]
     mel: Tensor, # [B, frames, mels] mel magnitudes wanted (not logarithms)
@@ -146,7 +146,7 @@ def mel_griffin_lim(
     constrain = lambda spectrum: equalise(spectrum, wanted, bank, spread)
     return alternate(start, constrain, n_fft, hop, iterations, momentum, past)
 
-# %% ../nbs/05_vocoder.ipynb #cae2344a
+# %% ../nbs/05_vocoder.ipynb #dbdc0ef9
 class Codec(nn.Module):
     "What every codec of the course shares: its rates, and statistics that bring latents to mean 0 and deviation 1."
     def __init__(
@@ -176,7 +176,7 @@ class Codec(nn.Module):
         self.std.copy_((squares / count - (total / count) ** 2).clamp(min=1e-2).sqrt()) # a constant bin stays finite
         return self
 
-# %% ../nbs/05_vocoder.ipynb #9efa530f
+# %% ../nbs/05_vocoder.ipynb #fe3e7d64
 @dataclass
 class MelCodecConfig:
     "What a MelCodec is, apart from its statistics."
@@ -184,7 +184,7 @@ class MelCodecConfig:
     vocoder: str = "griffin-lim" # synthesis; the only one so far
     iterations: int = 32 # rounds of Griffin-Lim
 
-# %% ../nbs/05_vocoder.ipynb #9dfec523
+# %% ../nbs/05_vocoder.ipynb #2c25102c
 class MelCodec(Codec):
     "Waveform to normalised log-mel frames and back: MELA-TTS's continuous tokens (slide 4), a vocoder without weights."
     def __init__(self, config: MelCodecConfig | None = None): # defaults to MelCodecConfig()
@@ -212,7 +212,7 @@ class MelCodec(Codec):
         codec.std.copy_(torch.tensor(saved["std"]))
         return codec
 
-# %% ../nbs/05_vocoder.ipynb #40106a0d
+# %% ../nbs/05_vocoder.ipynb #df4ac255
 def invert(
     codec: MelCodec, # knows the filterbank, the statistics and the number of rounds
     latents: Tensor, # [B, frames, dim] normalised, at least one frame
@@ -225,7 +225,7 @@ def invert(
     mel = codec.restore(latents)
     return mel_griffin_lim(mel, codec.analysis.bank, codec.config.mel.hop, codec.config.iterations, past=past, generator=generator)
 
-# %% ../nbs/05_vocoder.ipynb #4ef63e31
+# %% ../nbs/05_vocoder.ipynb #e7be22ed
 class MelStream:
     "Griffin-Lim piece by piece: what was handed out is never touched again, so pieces join without a click."
     def __init__(self, codec: MelCodec, lookahead: int = 2): # newest frames that wait for their right neighbours

@@ -61,7 +61,7 @@ def test_books_become_plain_sentences():
         assert all(speakable(text) for text in texts) and len({sentence_key(text) for text in texts}) == len(texts)
         assert all(text[0].isupper() and text[-1] in ".!?" for text in texts)
     assert book_sentences("One two three four. One, two three four!") == ["One two three four."]
-    assert easiest_first(["On the mat on it.", "It sat on the mat.", "Queequeg sat on it."], minimum=1) == ["On the mat on it."]
+    assert easiest_first(["On the mat on it.", "It sat on the mat.", "Queequeg sat on it."], minimum=1) == ["On the mat on it.", "It sat on the mat."]
 
 
 def test_plans_keep_test_sentences_apart():
