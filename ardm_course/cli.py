@@ -9,12 +9,12 @@ __all__ = ['BENCH_TEXT', 'at_least', 'command', 'run_doctor', 'run_build', 'run_
            'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate', 'speaking_options',
            'add_data', 'add_model', 'add_measure', 'make_parser', 'main']
 
-# %% ../nbs/appendix/cli.ipynb #be0cb4f0
-import argparse, contextlib, os, sys, time
+# %% ../nbs/appendix/cli.ipynb #99d37526
+import argparse, os, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-# %% ../nbs/appendix/cli.ipynb #ca29bae7
+# %% ../nbs/appendix/cli.ipynb #785d3647
 def at_least(
     kind: type, # int or float
     least: float, # smallest value allowed
@@ -41,7 +41,7 @@ def command(
     parser.set_defaults(run=run)
     return parser
 
-# %% ../nbs/appendix/cli.ipynb #9157194b
+# %% ../nbs/appendix/cli.ipynb #9fba1159
 def run_doctor(args: argparse.Namespace) -> int: # 1 if something must be mended
     "ardm-course doctor"
     from ardm_course.core import doctor, print_doctor
@@ -57,7 +57,7 @@ def run_build(args: argparse.Namespace) -> None:
     build(args.name, out, args.hours, args.seed, args.workers, args.source)
     print(f"The corpus '{args.name}' is in {out}.")
 
-
+# %% ../nbs/appendix/cli.ipynb #dbf8b881
 def run_info(args: argparse.Namespace) -> None:
     "ardm-course data info"
     from ardm_course.corpus import load_corpus, statistics
@@ -66,7 +66,7 @@ def run_info(args: argparse.Namespace) -> None:
         text = ", ".join(f"{key} {part:.2f}".strip() if isinstance(part, float) else f"{key} {part}".strip() for key, part in parts)
         print(f"{name.replace('_', ' '):22} {text}")
 
-# %% ../nbs/appendix/cli.ipynb #980bc5c6
+# %% ../nbs/appendix/cli.ipynb #4b63c7ca
 def wrong_files(
     folder: Path, # the course's data folder
 ) -> Iterator[str]: # what is wrong, file by file
@@ -97,7 +97,7 @@ def unreadable_rows(
         except CourseError as error:
             yield f"{row['id']}: {error}"
 
-
+# %% ../nbs/appendix/cli.ipynb #ae4fe244
 def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     "ardm-course data check"
     from ardm_course.core import data_dir
@@ -108,20 +108,21 @@ def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     print(f"{found} to mend." if found else "Nothing to mend.")
     return min(found, 1)
 
-# %% ../nbs/appendix/cli.ipynb #9db5d163
+# %% ../nbs/appendix/cli.ipynb #413336ca
 def run_train(args: argparse.Namespace) -> None:
     "ardm-course train"
-    from ardm_course.recipes import train
+    from ardm_course.recipes import recipe, train
     from ardm_course.training import read_log
+    recipe(args.name)  # an unknown name is said before anything else
     changes = {name: value for name in ("steps", "minutes", "seed") if (value := getattr(args, name)) is not None}
     folder = args.out or Path("runs") / f"train-{args.name}"
     print(f"Training in {folder}; interrupt it when you like, the same command goes on from the last checkpoint.")
     train(args.name, folder, args.corpus, **changes)
     last = next((row for row in reversed(read_log(folder / "log.jsonl")) if "valid_loss" in row), {})
-    print(*[f"{name} {value:.3f}" for name, value in last.items() if name != "step"], sep="\n")
+    print(", ".join(f"{name} {value:.3f}" for name, value in sorted(last.items()) if name != "step" and "_t" not in name))
     print(f"The model is in {folder / 'model'}. Hear it: ardm-course speak --checkpoint {folder / 'model'} --out out.wav 'Hello.'")
 
-
+# %% ../nbs/appendix/cli.ipynb #f1f5fd1f
 def run_speak(args: argparse.Namespace) -> None:
     "ardm-course speak"
     from ardm_course.tts import TTS
@@ -133,7 +134,7 @@ def run_speak(args: argparse.Namespace) -> None:
     print(f"{args.out}: {timings['audio_s']:.2f} s of speech in {timings['total_s']:.2f} s "
           f"(real-time factor {timings['rtf']:.2f}), ended by: {speech.stop_reason}")
 
-# %% ../nbs/appendix/cli.ipynb #ce24f9f3
+# %% ../nbs/appendix/cli.ipynb #586fb4a7
 def sentences(args: argparse.Namespace) -> tuple[dict, str | None]: # text -> recording [T] at 24 kHz or None; what the recordings are
     "What to say, and how it should sound: a corpus with its recordings, or a file whose lines the synthesiser reads if it is installed."
     from itertools import islice
@@ -149,16 +150,16 @@ def sentences(args: argparse.Namespace) -> tuple[dict, str | None]: # text -> re
         return dict.fromkeys(texts), None
     return {text: speak(normalise(text)).wav for text in texts}, "hibari-tts, voice 4001 of the embedded corpora"
 
-
+# %% ../nbs/appendix/cli.ipynb #18761ad1
 def spoken(tts, texts: Iterable[str], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
     "Speak all texts once per seed."
     speeches = []
     for seed in range(seeds):
         speeches += [tts(text, seed=seed, **options) for text in texts]
-        print(f"seed {seed}: {len(speeches) // (seed + 1)} sentences spoken", flush=True)
+        print(f"seed {seed}: spoken", flush=True)
     return speeches
 
-# %% ../nbs/appendix/cli.ipynb #4b521b50
+# %% ../nbs/appendix/cli.ipynb #99ccab98
 def evaluation_rows(
     tts,
     speeches: list, # Speech of every text, seed after seed
@@ -181,7 +182,7 @@ def evaluation_rows(
                    for number, (text, speech) in enumerate(zip(texts, speeches))]
     return {"rows": {kind: full_row(rows.get(kind)) for kind in KINDS}, "seeds": list(map(full_row, single)), "samples": transcripts}
 
-# %% ../nbs/appendix/cli.ipynb #e7dfddd2
+# %% ../nbs/appendix/cli.ipynb #6c6918d9
 def print_rows(rows: dict[str, dict]) -> None:
     "Rows of a report as text; a hyphen stands for what was not measured."
     from ardm_course.report import MEASURES
@@ -194,7 +195,7 @@ def print_rows(rows: dict[str, dict]) -> None:
             cells.append("-" if row[name] is None else f"{factor * row[name]:.{digits}f}{limits}")
         print(f"{kind:14}{row['n']:5}" + "".join(f"{cell:>24}" for cell in cells))
 
-
+# %% ../nbs/appendix/cli.ipynb #22ceb303
 def run_evaluate(args: argparse.Namespace) -> None:
     "ardm-course evaluate"
     import torch
@@ -217,7 +218,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                                "rtf": rtf, "stop_reasons": stop_reasons(speech.stop_reason for speech in speeches), **found,
                                "environment": environment()})
 
-# %% ../nbs/appendix/cli.ipynb #2c6b42af
+# %% ../nbs/appendix/cli.ipynb #9334959f
 def median(values: Iterable[float]) -> float:
     "The middle of some timings; a run that something else disturbed does not move it."
     import statistics
@@ -230,7 +231,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     work()
     return time.perf_counter() - start
 
-
+# %% ../nbs/appendix/cli.ipynb #4a7bd883
 class RandomSpeech:
     "Random utterances of 1 to 4 seconds, as SpeechData would give them: a recipe's step costs the same on these."
     frame_rate = 50.0
@@ -250,7 +251,7 @@ class RandomSpeech:
 
     def __getitem__(self, index: int): return self.items[index]
 
-# %% ../nbs/appendix/cli.ipynb #ab7d8220
+# %% ../nbs/appendix/cli.ipynb #54647957
 def training_speed(
     name: str, # of a recipe
     threads: int,
@@ -278,7 +279,7 @@ def training_speed(
             speeds.append((trainer.state.frames - frames) / data.frame_rate / spent)
     return median(speeds[1:])  # the first repeat warms up
 
-
+# %% ../nbs/appendix/cli.ipynb #052e8781
 def run_bench_train(args: argparse.Namespace) -> None:
     "ardm-course bench train"
     import torch
@@ -287,7 +288,7 @@ def run_bench_train(args: argparse.Namespace) -> None:
     for threads in sorted({1, before}):
         speed = training_speed(args.name, threads, args.repeats)
         rows[str(threads)] = {"audio_s_per_s": speed, "audio_s_per_core_s": speed / threads}
-        print(f"{threads} threads: {speed:6.1f} s of speech per second, {speed / threads:6.1f} per core-second")
+        print(f"threads {threads}: {speed:6.1f} s of speech per second, {speed / threads:6.1f} per core-second")
     torch.set_num_threads(before)
     save_bench(args.json, {"bench": "train", "recipe": args.name, "device": str(pick_device()), "repeats": args.repeats, "threads": rows})
 
@@ -299,7 +300,7 @@ def save_bench(path: Path | None, data: dict) -> None:
         write_json(path, {**data, "environment": environment()})
         print(f"Written to {path}.")
 
-# %% ../nbs/appendix/cli.ipynb #e257db18
+# %% ../nbs/appendix/cli.ipynb #6049f606
 def speaker_named(
     name: str, # a checkpoint, or a recipe: its shape with random weights, which are as fast
 ):
@@ -319,7 +320,7 @@ def speaker_named(
     seed_everything(0)
     return TTS(ARDM(replace(recipe(name).model, codec=MelCodec().to_dict(), text=TextConfig())))
 
-
+# %% ../nbs/appendix/cli.ipynb #b6065c1e
 def generate_without_cache(
     model, # ARDM
     tokens, # Tensor [L] text ids
@@ -338,7 +339,7 @@ def generate_without_cache(
             drawn = torch.cat([drawn, model.head.sample(state, previous, **options)])
     return drawn
 
-# %% ../nbs/appendix/cli.ipynb #24615042
+# %% ../nbs/appendix/cli.ipynb #b9f42cb5
 BENCH_TEXT = "The old clock in the hall has stopped again."
 
 
@@ -360,7 +361,7 @@ def generation_times(
             "uncached": seconds_of(lambda: generate_without_cache(model, tokens, count, **options)),
             "first_audio": seconds_of(lambda: next(chunk for chunk in tts.stream(BENCH_TEXT, threshold=2, **options) if len(chunk)))}
 
-
+# %% ../nbs/appendix/cli.ipynb #d8d31295
 def run_bench_generate(args: argparse.Namespace) -> None:
     "ardm-course bench generate"
     tts, count = speaker_named(args.name), 20
@@ -376,7 +377,7 @@ def run_bench_generate(args: argparse.Namespace) -> None:
     settings = {"bench": "generate", "system": args.name, "guidance": args.guidance, "steps": args.steps, "patches": count, "repeats": args.repeats}
     save_bench(args.json, {**settings, **found, "runs_s": runs})
 
-# %% ../nbs/appendix/cli.ipynb #ee3467f4
+# %% ../nbs/appendix/cli.ipynb #76e6c6bc
 def speaking_options(parser: argparse.ArgumentParser) -> None:
     "The options that decide how something is said."
     parser.add_argument("--voice", help="one of the checkpoint's voices (default: its first)")
@@ -384,7 +385,7 @@ def speaking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=2.0, help="w in u + w (c - u); 1 is none and twice as fast (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.5, help="stop when the stop head is surer than this (default: %(default)s)")
 
-
+# %% ../nbs/appendix/cli.ipynb #62077e98
 def add_data(commands) -> None:
     "doctor and data"
     command(commands, "doctor", run_doctor, "Say what is wrong with this environment, and how to mend it.")
@@ -404,7 +405,7 @@ def add_data(commands) -> None:
         parser.add_argument("--split", default="train", help="split, or subset of a LibriTTS tree (default: %(default)s)")
         parser.add_argument("--config", help="configuration on the hub")
 
-# %% ../nbs/appendix/cli.ipynb #8e6a7e4d
+# %% ../nbs/appendix/cli.ipynb #a97288c1
 def add_model(commands) -> None:
     "train and speak"
     train = command(commands, "train", run_train, "Train a named recipe; a run that was interrupted goes on.",
@@ -424,7 +425,7 @@ def add_model(commands) -> None:
     speak.add_argument("--out", type=Path, required=True, help="file to write: .wav, .flac or .ogg")
     speaking_options(speak)
 
-# %% ../nbs/appendix/cli.ipynb #0b5c686b
+# %% ../nbs/appendix/cli.ipynb #3229c292
 def add_measure(commands) -> None:
     "evaluate and bench"
     evaluate = command(commands, "evaluate", run_evaluate, "Speak sentences with several seeds and let independent judges measure them.",
@@ -451,7 +452,7 @@ def add_measure(commands) -> None:
         parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
         parser.add_argument("--json", type=Path, help="file to write")
 
-# %% ../nbs/appendix/cli.ipynb #26f119d6
+# %% ../nbs/appendix/cli.ipynb #1dc2462c
 def make_parser() -> argparse.ArgumentParser:
     "The whole command line; nothing heavy is imported for it."
     from ardm_course import __version__
@@ -463,7 +464,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     return parser
 
-
+# %% ../nbs/appendix/cli.ipynb #6a0a9822
 def main(
     argv: list[str] | None = None, # words after `ardm-course`; None: those of this process
 ) -> int: # exit code: 0, 1 (something to mend), 2 (an error you can act on), 130 (interrupted)

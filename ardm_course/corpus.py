@@ -8,7 +8,7 @@ __all__ = ['ROW_FIELDS', 'EMBEDDED', 'row_features', 'load_embedded', 'libritts_
            'seconds', 'words_of', 'statistics', 'load_phones', 'fingerprint', 'finished_rows', 'half_precision',
            'write_features', 'build_features', 'FeatureCache']
 
-# %% ../nbs/02_corpus.ipynb #7da7c339
+# %% ../nbs/02_corpus.ipynb #98afe3d9
 import hashlib
 import io
 import itertools
@@ -28,11 +28,11 @@ from torch import Tensor
 from .audio import load_audio
 from .core import CourseError, cache_dir, data_dir
 
-# %% ../nbs/02_corpus.ipynb #897c87b6
+# %% ../nbs/02_corpus.ipynb #a958b191
 ROW_FIELDS = ("id", "audio", "text_normalized", "text_original", "speaker_id", "chapter_id", "path")
 EMBEDDED = ("phrases", "stories", "real", "librivox")
 
-# %% ../nbs/02_corpus.ipynb #634d23df
+# %% ../nbs/02_corpus.ipynb #b6a37bef
 def row_features(
     rate: int | None = None, # Hz written in the schema; None: whatever the file has
 ):
@@ -56,7 +56,7 @@ def load_embedded(
         raise CourseError(f"Corpus '{name}' has no split '{split}'. Choose one of: {found}.")
     return Dataset(parquet.read_table(file))
 
-# %% ../nbs/02_corpus.ipynb #fc592219
+# %% ../nbs/02_corpus.ipynb #72ebc9d6
 def libritts_rows(
     subset: Path, # .../train-clean-100: speaker/chapter/*.normalized.txt beside *.wav
 ) -> Iterator[dict]:
@@ -84,7 +84,7 @@ def load_libritts(
         raise CourseError(f"'{root}' holds no sentences of '{split}'. Choose a subset that is there ({found}), or unpack it again.")
     return Dataset(pyarrow.Table.from_pylist(rows, row_features().arrow_schema))
 
-# %% ../nbs/02_corpus.ipynb #f6dbe6fb
+# %% ../nbs/02_corpus.ipynb #56f18554
 def parquet_files(
     root: Path, # folder in hub layout
     split: str, # such as "train" or "train.clean.100"
@@ -109,7 +109,7 @@ def load_folder(
         raise CourseError(f"'{root}' has no split '{split}'. Choose one of: {', '.join(sorted(names))}.")
     return load_libritts(root, split)
 
-# %% ../nbs/02_corpus.ipynb #80b57297
+# %% ../nbs/02_corpus.ipynb #1da18e13
 def load_hub(
     name: str, # "organisation/corpus"
     split: str, # split name on the hub, such as "train.clean.100"
@@ -129,7 +129,7 @@ def load_hub(
         raise CourseError(f"'{name}' with configuration {config!r} and split '{split}' is neither a folder here nor a "
                           f"corpus on the hub. Check the three names. ({str(error).splitlines()[0]})") from error
 
-# %% ../nbs/02_corpus.ipynb #a6241b89
+# %% ../nbs/02_corpus.ipynb #66108739
 def with_row_schema(
     dataset, # Dataset or IterableDataset
     source: str, # its name, for the error message
@@ -145,7 +145,7 @@ def with_row_schema(
             dataset = dataset.cast_column(name, Value("string"))
     return dataset.cast_column("audio", Audio(decode=False))
 
-# %% ../nbs/02_corpus.ipynb #0e645dea
+# %% ../nbs/02_corpus.ipynb #f5643751
 def load_corpus(
     source: str | Path, # "phrases", "stories", "real", "librivox", a folder, or a hub id "organisation/corpus"
     split: str = "train", # split, or the subset of a LibriTTS tree such as "train-clean-100"
@@ -164,7 +164,7 @@ def load_corpus(
                           "like organisation/corpus.")
     return with_row_schema(dataset, str(source))
 
-# %% ../nbs/02_corpus.ipynb #2a9b85b2
+# %% ../nbs/02_corpus.ipynb #9d1e3c02
 def shard(
     dataset, # Dataset or IterableDataset
     index: int, # this process, 0 .. count - 1
@@ -174,7 +174,7 @@ def shard(
     from datasets.distributed import split_dataset_by_node
     return split_dataset_by_node(dataset, rank=index, world_size=count)
 
-# %% ../nbs/02_corpus.ipynb #0a75d72a
+# %% ../nbs/02_corpus.ipynb #2bbfc173
 def decode(
     row: dict, # one corpus row
     rate: int = 24000, # Hz of the result
@@ -199,7 +199,7 @@ class Skipped:
         if len(self.reasons) < 5:
             self.reasons.append(reason)
 
-# %% ../nbs/02_corpus.ipynb #b4f26330
+# %% ../nbs/02_corpus.ipynb #80a3e8e9
 def readable(
     rows: Iterable[dict], # corpus rows
     rate: int = 24000, # Hz of the waveforms
@@ -217,7 +217,7 @@ def readable(
     if skipped is None and seen.count:
         warnings.warn(f"{seen.count} rows have no readable audio and were left out; first: {seen.reasons[0]}", stacklevel=2)
 
-# %% ../nbs/02_corpus.ipynb #9fee528b
+# %% ../nbs/02_corpus.ipynb #785c2924
 def seconds(
     row: dict, # one corpus row
 ) -> float: # s
@@ -236,7 +236,7 @@ def words_of(
     "The words of a sentence."
     return re.findall(r"[a-z']+", text.lower())
 
-# %% ../nbs/02_corpus.ipynb #68004590
+# %% ../nbs/02_corpus.ipynb #2d51ae18
 def statistics(
     rows: Iterable[dict], # corpus rows
 ) -> dict: # counts, hours, quantiles of the seconds, seconds per speaker, and rates
@@ -259,7 +259,7 @@ def statistics(
             "speakers": speakers, "sentences": len(set(texts)), "vocabulary": len(set(words)), "skipped": skipped.count,
             "characters_per_second": sum(map(len, texts)) / total, "words_per_second": len(words) / total}
 
-# %% ../nbs/02_corpus.ipynb #53906733
+# %% ../nbs/02_corpus.ipynb #0b69f486
 def load_phones(
     source: str | Path = "phrases", # an embedded corpus with known durations, or a phones.parquet
 ) -> dict[str, dict]: # row id -> {"phonemes": str, "phones": list[str], "ends": list[float]}
@@ -270,7 +270,7 @@ def load_phones(
         raise CourseError(f"'{path}' does not exist. Only corpora made by `ardm-course data build` know their phones.")
     return {row.pop("id"): row for row in parquet.read_table(path).to_pylist()}
 
-# %% ../nbs/02_corpus.ipynb #d2f0e428
+# %% ../nbs/02_corpus.ipynb #99562ddf
 def fingerprint(
     rows: Iterable[dict], # corpus rows
     key: str, # what the features depend on: codec or teacher configuration
@@ -287,7 +287,7 @@ def fingerprint(
             digest.update(f"{audio['path']} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
 
-# %% ../nbs/02_corpus.ipynb #3c20640a
+# %% ../nbs/02_corpus.ipynb #bb5e82ca
 def finished_rows(
     folder: Path, # private folder of a build that may have been interrupted
 ) -> list[dict]: # one {"id", "length", "dim"} per finished row
@@ -310,7 +310,7 @@ def half_precision(
         raise CourseError(f"The features of row '{row_id}' do not fit float16. Look at its audio, and normalise the latents.")
     return half.numpy().tobytes()
 
-# %% ../nbs/02_corpus.ipynb #c59cdbc5
+# %% ../nbs/02_corpus.ipynb #bcdc35c7
 def write_features(
     folder: Path, # private folder; what an interrupted build finished there is kept
     rows: Iterable[dict], # corpus rows
@@ -335,7 +335,7 @@ def write_features(
         os.fsync(data.fileno())
     return finished_rows(folder)
 
-# %% ../nbs/02_corpus.ipynb #dc250092
+# %% ../nbs/02_corpus.ipynb #e3577075
 def build_features(
     folder: Path, # where the finished cache goes
     rows: Iterable[dict], # corpus rows
@@ -360,7 +360,7 @@ def build_features(
     (private / "journal.jsonl").unlink()
     private.rename(folder)
 
-# %% ../nbs/02_corpus.ipynb #a6b89893
+# %% ../nbs/02_corpus.ipynb #ea5c97b9
 class FeatureCache:
     "Features of a corpus on disk: item i is the [T, D] features of row ids[i], stored as float16, memory-mapped."
 
@@ -375,13 +375,17 @@ class FeatureCache:
     @classmethod
     def build(cls, rows: Iterable[dict], encode: Callable[[Tensor], Tensor], key: str, folder: Path | None = None,
               rate: int = 24000, progress: bool = True) -> "FeatureCache":
-        "The cache of these rows under this key, built if it is not there; one process builds, others wait for it."
+        "The cache of these rows under this key, built if it is not there; one process builds, others wait. Raises CourseError."
         from filelock import FileLock
         folder = Path(folder or cache_dir() / "features") / fingerprint(rows, key)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not folder.exists():
-                build_features(folder, rows, encode, rate, progress)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    build_features(folder, rows, encode, rate, progress)
+        except OSError as error:
+            raise CourseError(f"The feature cache '{folder}' could not be written ({error.strerror}). Free some disk space, "
+                              "or set ARDM_CACHE to another folder.") from error
         return cls(folder)
 
     __len__ = lambda self: len(self.lengths)

