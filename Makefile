@@ -39,6 +39,7 @@ notebooks: env  ## run every notebook again and keep its outputs
 
 readme: env  ## render README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
+	sed -i.bak -E 's#\]\(([0-9a-z][^):]*)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md && rm README.md.bak
 
 clean-env:  ## remove the virtual environment
 	rm -rf $(VENV)
