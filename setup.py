@@ -9,6 +9,9 @@ parser = ConfigParser(delimiters=["="])
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
 extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("eval", "data", "dev") if f"{name}_requirements" in cfg}
+# Released checkpoints travel with the wheel; corpora stay in the repository.
+checkpoints = sorted(path for path in (root / "data" / "checkpoints").rglob("*") if path.is_file())
+data_files = [(f"share/ardm_course/{path.parent.relative_to(root / 'data').as_posix()}", [path.relative_to(root).as_posix()]) for path in checkpoints]
 
 setup(
     name=cfg["lib_name"],
@@ -25,5 +28,6 @@ setup(
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,
     entry_points={"console_scripts": shlex.split(cfg["console_scripts"]), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
+    data_files=data_files,
     zip_safe=False,
 )

@@ -6,7 +6,7 @@
 __all__ = ['MelConfig', 'load_audio', 'sinc_kernel', 'resample', 'import_torchaudio', 'save_audio', 'reflect', 'stft',
            'hz_to_mel', 'mel_to_hz', 'mel_filterbank', 'LogMel', 'set_level', 'trim_silence']
 
-# %% ../nbs/01_audio.ipynb #880c8723
+# %% ../nbs/01_audio.ipynb #0be2508a
 import io
 import math
 import re
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from .core import CourseError, atomic_write
 
-# %% ../nbs/01_audio.ipynb #797442c4
+# %% ../nbs/01_audio.ipynb #d5e38a62
 @dataclass
 class MelConfig:
     "How sound becomes frames; the defaults are MELA-TTS's rates (slide 4) with CosyVoice2's analysis window."
@@ -35,7 +35,7 @@ class MelConfig:
     high: float = 12000.0 # Hz, right foot of the last filter
     floor: float = 1e-4 # smallest mel magnitude, before the logarithm
 
-# %% ../nbs/01_audio.ipynb #3392b443
+# %% ../nbs/01_audio.ipynb #89811d38
 def _contents(
     source: str | Path | bytes | BinaryIO, # as for load_audio
 ) -> tuple[bytes, str]: # the file's bytes, and what to call it in a message
@@ -59,7 +59,7 @@ def _cut_short(
     sizes = re.search(r"data : (\d+) \(should be (\d+)\)", header)
     return bool(sizes) and int(sizes[2]) < int(sizes[1]) < 2**31 # recorders that stream declare 2**32 - 1: no damage
 
-# %% ../nbs/01_audio.ipynb #b61654e8
+# %% ../nbs/01_audio.ipynb #d02b19e0
 def load_audio(
     source: str | Path | bytes | BinaryIO, # a path, the bytes of a file, or an open binary file
     rate: int = 24000, # Hz wanted
@@ -80,7 +80,7 @@ def load_audio(
     if not wav.isfinite().all(): raise CourseError(f"{name} holds NaN or infinite samples. Export it again as 16-bit.")
     return resample(wav, found, rate)
 
-# %% ../nbs/01_audio.ipynb #d8883462
+# %% ../nbs/01_audio.ipynb #c16e64c2
 @lru_cache(maxsize=32)
 @torch.inference_mode(False) # kernels outlive the call: they must stay usable in training
 def sinc_kernel(
@@ -99,7 +99,7 @@ def sinc_kernel(
     kernel = torch.sinc(time) * window * (cutoff / old)
     return kernel[:, None].float(), reach
 
-# %% ../nbs/01_audio.ipynb #7e19b697
+# %% ../nbs/01_audio.ipynb #ac0e08e3
 def resample(
     wav: Tensor, # [T] or [B, T] samples at `old`
     old: int, # Hz
@@ -118,7 +118,7 @@ def resample(
     phases = F.conv1d(padded, kernel.to(wav), stride=old) # [B, new, blocks]
     return phases.transpose(1, 2).flatten(1)[:, : -(-length * new // old)].reshape(*batch, -1)
 
-# %% ../nbs/01_audio.ipynb #260b95d8
+# %% ../nbs/01_audio.ipynb #923ec23e
 @lru_cache(maxsize=1)
 def import_torchaudio() -> types.ModuleType | None: # None where torchaudio is not installed
     "Import torchaudio for comparisons; where its compiled part cannot load beside this torch, its Python part alone."
@@ -134,7 +134,7 @@ def import_torchaudio() -> types.ModuleType | None: # None where torchaudio is n
         import torchaudio
     return torchaudio
 
-# %% ../nbs/01_audio.ipynb #2eb65fdb
+# %% ../nbs/01_audio.ipynb #aa315913
 def save_audio(
     path: str | Path, # ends in .wav, .flac or .ogg (Opus)
     wav: Tensor, # [T] samples; clipped to [-1, 1]
@@ -156,7 +156,7 @@ def save_audio(
         with atomic_write(path) as draft: draft.write_bytes(buffer.getvalue())
     except OSError as error: raise CourseError(f"{path} cannot be written ({error.strerror}). Choose another folder.") from None
 
-# %% ../nbs/01_audio.ipynb #7a4eb919
+# %% ../nbs/01_audio.ipynb #4cad10ee
 def reflect(
     wav: Tensor, # [..., T] samples
     pad: int, # samples to add on each side
@@ -178,7 +178,7 @@ def stft(
     window = torch.hann_window(n_fft, device=wav.device)
     return torch.fft.rfft(frames * window).transpose(-1, -2)
 
-# %% ../nbs/01_audio.ipynb #e6bb69bc
+# %% ../nbs/01_audio.ipynb #602ec2fe
 def hz_to_mel(
     hz: Tensor, # Hz
 ) -> Tensor: # mel
@@ -192,7 +192,7 @@ def mel_to_hz(
     "Inverse of `hz_to_mel`."
     return 700.0 * (10.0 ** (mel / 2595.0) - 1.0)
 
-# %% ../nbs/01_audio.ipynb #2b6d07c2
+# %% ../nbs/01_audio.ipynb #6413ec2e
 def mel_filterbank(
     config: MelConfig, # rates, limits and number of filters
 ) -> Tensor: # [mels, n_fft // 2 + 1] weights in [0, 1]
@@ -204,7 +204,7 @@ def mel_filterbank(
     rising, falling = (hz - left) / (centre - left), (right - hz) / (right - centre)
     return torch.minimum(rising, falling).clamp(min=0).float()
 
-# %% ../nbs/01_audio.ipynb #eba2b98e
+# %% ../nbs/01_audio.ipynb #84cf43a8
 class LogMel(nn.Module):
     "Waveform to log-mel frames: the first continuous token of the course."
     def __init__(
@@ -222,7 +222,7 @@ class LogMel(nn.Module):
         magnitude = stft(wav, self.config.n_fft, self.config.hop).abs() # [..., bins, frames]
         return (self.bank @ magnitude).clamp(min=self.config.floor).log().transpose(-1, -2)
 
-# %% ../nbs/01_audio.ipynb #2791c656
+# %% ../nbs/01_audio.ipynb #a2826b11
 def set_level(
     wav: Tensor, # [T] samples
     rms: float = 0.07, # root mean square wanted

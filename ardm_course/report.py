@@ -11,7 +11,7 @@ __all__ = ['KINDS', 'MEASURES', 'TIMING', 'SCHEMA', 'GUIDE', 'STYLE', 'run_folde
            'measured_table', 'verdict', 'curve_figures', 'stop_table', 'tiles', 'facts', 'section', 'page',
            'write_report']
 
-# %% ../nbs/12b_report.ipynb #6fcd4c3f
+# %% ../nbs/12b_report.ipynb #b8530021
 import base64, html, io, itertools, json, math, platform, re, sys, time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from .text import TextTokenizer
 from .training import curve
 from .transformer import Block, apply_rope, rope_table
 
-# %% ../nbs/12b_report.ipynb #a7e0d8ba
+# %% ../nbs/12b_report.ipynb #bce5bde4
 def run_folder(
     name: str, # what ran, such as "toy"
     root: str | Path = "runs",
@@ -46,7 +46,7 @@ def run_folder(
         except OSError as error:
             raise CourseError(f"The folder {folder} cannot be made ({error.strerror}). Choose another place for the runs.") from error
 
-# %% ../nbs/12b_report.ipynb #5bbb40c1
+# %% ../nbs/12b_report.ipynb #6d47177a
 def peak_memory_mb() -> float | None: # 10**6 bytes; None where the system does not say
     "The most memory that this process, or the largest of its finished children, has held."
     try:
@@ -56,7 +56,7 @@ def peak_memory_mb() -> float | None: # 10**6 bytes; None where the system does 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on a Mac, kibibytes on Linux
     return max(getrusage(who).ru_maxrss for who in (RUSAGE_SELF, RUSAGE_CHILDREN)) * unit / 1e6
 
-# %% ../nbs/12b_report.ipynb #eb29c0fb
+# %% ../nbs/12b_report.ipynb #9c863bdf
 KINDS = { # the rows of a report, and what they are
     "real": "the recording itself: what the recognisers get wrong here is their own fault",
     "resynthesised": "the recording turned into latents and back: the best that a model of these latents can reach",
@@ -69,7 +69,7 @@ MEASURES = { # what is measured: title, factor for display, digits
     "mos": ("Predicted quality (1 to 5)", 1, 2),
 }
 
-# %% ../nbs/12b_report.ipynb #f9ccf5cb
+# %% ../nbs/12b_report.ipynb #cafba698
 def plain(value):
     "The same as JSON can hold it: numbers of any library become Python's, and what is not finite becomes None."
     if isinstance(value, dict):
@@ -94,7 +94,7 @@ def write_json(path: str | Path, data: dict) -> None:
     with atomic_write(path) as draft:
         draft.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
-# %% ../nbs/12b_report.ipynb #e7200ed0
+# %% ../nbs/12b_report.ipynb #562b7fc9
 @dataclass
 class Take:
     "One sentence, spoken once, and what was heard."
@@ -117,7 +117,7 @@ def takes_of(
     return [Take(sample.text, kind, sample.wav, sample.rate, {name: answers[name][number] for name in judges}, reason)
             for number, (sample, reason) in enumerate(itertools.zip_longest(samples, reasons))]
 
-# %% ../nbs/12b_report.ipynb #a782e69e
+# %% ../nbs/12b_report.ipynb #562c29ca
 @dataclass
 class Report:
     "What a run leaves behind. None means not measured."
@@ -139,7 +139,7 @@ class Report:
 
 TIMING = ("total_s", "train_s", "steps", "audio_s_per_s")
 
-# %% ../nbs/12b_report.ipynb #01d78ac2
+# %% ../nbs/12b_report.ipynb #f8b92834
 def report_data(report: Report) -> dict:
     "A report as report.json holds it."
     return plain({
@@ -168,7 +168,7 @@ def environment() -> dict[str, str | int]:
     return {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "python": platform.python_version(), "torch": torch.__version__,
             "ardm_course": __version__, "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}"}
 
-# %% ../nbs/12b_report.ipynb #1f72fdcf
+# %% ../nbs/12b_report.ipynb #7113636a
 SCHEMA = {"tier": str, "system": str, "seed": int, "device": str, "timing": dict, "peak_memory_mb": float, "rtf": float,
           "first_audio_ms": float, "stop_reasons": dict, "rows": dict, "samples": list}
 
@@ -207,7 +207,7 @@ def report_problems(data: dict) -> list[str]: # empty if all is well
         found = [f"{name} is {value!r}" for name, value, kind in inner if not fits(value, kind)]
     return found or [f"rows.{kind}: {problem}" for kind in KINDS for problem in row_problems(data["rows"][kind])]
 
-# %% ../nbs/12b_report.ipynb #48ddafb5
+# %% ../nbs/12b_report.ipynb #a9298369
 @dataclass
 class Mark:
     "A word of a transcript, judged."
@@ -239,12 +239,12 @@ def mark_words(
             marks.append(Mark(said[i], "missing"))
     return marks[::-1]
 
-# %% ../nbs/12b_report.ipynb #3ae7c509
+# %% ../nbs/12b_report.ipynb #8fb3ba2f
 def counted_words(text: str) -> list[str]:
     "The words that error rates count; without the normaliser's package, lower case without punctuation."
     return transcript_normaliser(text).split() if available()["normaliser"] else re.findall(r"[\w']+", text.lower())
 
-# %% ../nbs/12b_report.ipynb #0bbafd16
+# %% ../nbs/12b_report.ipynb #4d538264
 def attention_weights(
     block: Block, # of the language model
     x: Tensor, # [1, T, H] what enters it
@@ -277,7 +277,7 @@ def attention_maps(
         x = block(x, rope)
     return torch.stack(maps)
 
-# %% ../nbs/12b_report.ipynb #06b36a51
+# %% ../nbs/12b_report.ipynb #5b17932b
 def clearest_head(
     maps: Tensor, # [layers, heads, N, L]
 ) -> tuple[int, int]: # layer and head
@@ -290,7 +290,7 @@ def clearest_head(
     best = int((maps.amax(-1).mean(-1) * follows.clamp(min=0)).argmax())
     return divmod(best, maps.shape[1])
 
-# %% ../nbs/12b_report.ipynb #da7acba4
+# %% ../nbs/12b_report.ipynb #44138466
 def figure_png(
     draw: Callable[..., None], # draws on the axes it is given
     width: float, # inches
@@ -321,7 +321,7 @@ def attention_picture(
             ax.set_yticks(range(len(tokens)), [tokenizer.decode([token]) for token in tokens.tolist()], fontsize=6)
     return figure_png(draw, 8, max(2.5, 0.09 * len(tokens) + 1), panels=2)
 
-# %% ../nbs/12b_report.ipynb #9fdb1315
+# %% ../nbs/12b_report.ipynb #5ce91808
 class Markup(str):
     "Text that is HTML already. `tag` escapes every other text, so nothing that was spoken or heard can become code."
 
@@ -346,7 +346,7 @@ def shown(value: float | None, digits: int = 1, unit: str = "") -> Markup:
     "A number for the reader; None says so."
     return Markup(f"{value:,.{digits}f}{unit}") if value is not None else tag("span", "not measured", class_="none")
 
-# %% ../nbs/12b_report.ipynb #a62a724d
+# %% ../nbs/12b_report.ipynb #0a911857
 def spectrogram_png(
     wav: Tensor, # [T] samples
     rate: int, # Hz
@@ -368,7 +368,7 @@ def sound_player(take: Take, label: str) -> Markup:
     wav = wav * (0.95 / max(0.95, wav.abs().max().item()))
     return tag("audio", src=data_uri(*_encode(wav.numpy(), take.sample_rate)), controls="", preload="metadata", aria_label=label)
 
-# %% ../nbs/12b_report.ipynb #b30ed60b
+# %% ../nbs/12b_report.ipynb #62019ec0
 def transcript(text: str, judge: str, heard: str) -> Markup:
     "What a recogniser wrote; if there are mistakes, the words as they are counted, each mistake marked."
     said = counted_words(text)
@@ -396,7 +396,7 @@ def sentence_article(number: int, takes: list[Take]) -> Markup:
     longest = max(len(take.wav) / take.sample_rate for take in takes)
     return tag("article", tag("h3", f"{number}. {takes[0].text}"), tag("div", *[take_figure(take, longest) for take in takes], class_="takes"))
 
-# %% ../nbs/12b_report.ipynb #0719644b
+# %% ../nbs/12b_report.ipynb #ca7ab17f
 def measured_cell(row: dict, name: str) -> Markup:
     "A value with its interval, or that it was not measured."
     _, factor, digits = MEASURES[name]
@@ -425,7 +425,7 @@ def verdict(rows: dict[str, dict]) -> str:
     ratio = f", {generated / ceiling:.1f} times as many as" if ceiling else ", against"
     return f"{said}{ratio} in resynthesised recordings ({100 * ceiling:.1f} %), the ceiling for these latents."
 
-# %% ../nbs/12b_report.ipynb #01ee6044
+# %% ../nbs/12b_report.ipynb #d43e10d0
 def curve_figures(
     history: list[dict], # rows of a training log
 ) -> list[Markup]:
@@ -451,7 +451,7 @@ def stop_table(stop_reasons: dict[str, int]) -> Markup:
     head = tag("tr", *[tag("th", title, scope="col") for title in ("reason", "utterances", "share")])
     return tag("table", tag("thead", head), tag("tbody", *rows)) if total else tag("p", shown(None))
 
-# %% ../nbs/12b_report.ipynb #96b1b6bb
+# %% ../nbs/12b_report.ipynb #067dcd73
 def tiles(report: Report) -> Markup:
     "The figures to see first."
     timing = {**dict.fromkeys(TIMING), **report.timing}
@@ -482,7 +482,7 @@ def facts(report: Report) -> Markup:
     commands = [tag("h3", "Run it again"), tag("pre", tag("code", "\n".join(report.commands)), tabindex=0)] if report.commands else []
     return Markup("".join([tag("dl", *items, class_="facts"), *commands]))
 
-# %% ../nbs/12b_report.ipynb #b4551c98
+# %% ../nbs/12b_report.ipynb #afdffd11
 STYLE = """
 :root{color-scheme:light dark;--ink:#1c2127;--soft:#59636e;--paper:#faf9f6;--card:#fff;--line:#dfddd6;--real:#00684d;--model:#00568a;--bad:#9a3412;--bad-back:#fde8da}
 @media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--soft:#a5aeb8;--paper:#14171a;--card:#1c2024;--line:#343a41;--real:#4fd1a5;--model:#7cc0ee;--bad:#ffb38a;--bad-back:#46291a}
@@ -508,7 +508,7 @@ td small{display:block;white-space:nowrap}.wide th[scope=row]{position:sticky;le
 .guide dt{font-weight:600;margin-top:.7rem}.guide dd{margin:0;max-width:70ch}pre{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:.7rem;padding:1rem}
 """
 
-# %% ../nbs/12b_report.ipynb #3219265e
+# %% ../nbs/12b_report.ipynb #5083e7ed
 def section(title: str, *content) -> Markup:
     "A headed part of the page."
     return tag("section", tag("h2", title), *content, aria_label=title)
@@ -536,7 +536,7 @@ def page(report: Report) -> str:
                tag("meta", http_equiv="Content-Security-Policy", content=policy), tag("title", title), tag("style", Markup(STYLE)))
     return "<!DOCTYPE html>\n" + tag("html", head, body, lang="en")
 
-# %% ../nbs/12b_report.ipynb #cb141472
+# %% ../nbs/12b_report.ipynb #3e494893
 def write_report(
     folder: str | Path, # of the run, from run_folder
     report: Report,

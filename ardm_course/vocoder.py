@@ -6,7 +6,7 @@
 __all__ = ['overlap_add', 'window_power', 'istft', 'alternate', 'noise_spectrum', 'griffin_lim', 'mel_to_magnitude', 'equalise',
            'mel_griffin_lim', 'Codec', 'MelCodecConfig', 'MelCodec', 'invert', 'MelStream']
 
-# %% ../nbs/05_vocoder.ipynb #b868e49a
+# %% ../nbs/05_vocoder.ipynb #cb7c9c3e
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .audio import LogMel, MelConfig, mel_filterbank
 from .core import CourseError
 
-# %% ../nbs/05_vocoder.ipynb #8b6bcd30
+# %% ../nbs/05_vocoder.ipynb #ff29cc9f
 def overlap_add(
     frames: Tensor, # [..., F, n_fft] windowed pieces, each `hop` later than the one before
     hop: int, # samples; must divide n_fft
@@ -40,7 +40,7 @@ def window_power(
     power = torch.hann_window(n_fft, device=device).square()
     return overlap_add(power.expand(count, -1), hop).clamp(min=1e-2)
 
-# %% ../nbs/05_vocoder.ipynb #3702370d
+# %% ../nbs/05_vocoder.ipynb #3077b97d
 def istft(
     spectrum: Tensor, # complex [..., n_fft // 2 + 1, frames], as `audio.stft` returns
     n_fft: int, # samples per frame
@@ -56,7 +56,7 @@ def istft(
     wav = overlap_add(frames * window, hop) / window_power(count, n_fft, hop, spectrum.device)
     return wav[..., pad : pad + length]
 
-# %% ../nbs/05_vocoder.ipynb #424ebce7
+# %% ../nbs/05_vocoder.ipynb #851357d6
 def alternate(
     start: Tensor, # complex [B, F, bins] first guess, one row per frame
     constrain: Callable[[Tensor], Tensor], # moves any spectrum onto what is known about it
@@ -79,7 +79,7 @@ def alternate(
         spectrum, before = constrain(ahead), now
     return spectrum
 
-# %% ../nbs/05_vocoder.ipynb #585a9315
+# %% ../nbs/05_vocoder.ipynb #d105a9d6
 def noise_spectrum(
     count: int, # frames
     n_fft: int, # samples per frame
@@ -108,7 +108,7 @@ def griffin_lim(
     spectrum = alternate(start.expand(len(wanted), -1, -1), put_back, n_fft, hop, iterations, momentum)
     return istft(spectrum.transpose(1, 2), n_fft, hop)
 
-# %% ../nbs/05_vocoder.ipynb #82899392
+# %% ../nbs/05_vocoder.ipynb #f7c21cba
 def mel_to_magnitude(
     mel: Tensor, # [B, frames, mels] log-mel
     config: MelConfig, # as given to LogMel
@@ -117,7 +117,7 @@ def mel_to_magnitude(
     inverse = torch.linalg.pinv(mel_filterbank(config)).to(mel) # [bins, mels]
     return (inverse @ mel.exp().transpose(1, 2)).clamp(min=0)
 
-# %% ../nbs/05_vocoder.ipynb #ab969d3e
+# %% ../nbs/05_vocoder.ipynb #75efa6eb
 def equalise(
     spectrum: Tensor, # complex [B, frames, bins]
     mel: Tensor, # [B, frames, mels] mel magnitudes wanted (not logarithms)
@@ -137,16 +137,18 @@ def mel_griffin_lim(
     iterations: int = 32, # rounds
     momentum: float = 0.9, # overshoot
     past: Tensor | None = None, # complex [B, C, bins] earlier frames to join on to
+    draft: Tensor | None = None, # complex [B, n, bins] a guess for the first n frames, better than noise
     generator: torch.Generator | None = None, # for the initial noise; seed 0 unless given
 ) -> Tensor: # complex [B, frames, bins]
     "Griffin-Lim constrained by the mel itself, so that fine structure can grow that no pseudo-inverse knows."
     wanted, n_fft = mel.exp(), 2 * (bank.shape[1] - 1)
     spread = bank / bank.sum(0).clamp(min=1e-3)
     start = noise_spectrum(mel.shape[1], n_fft, hop, generator).to(mel.device).expand(len(mel), -1, -1)
+    if draft is not None: start = torch.cat([draft, start[:, draft.shape[1] :]], 1)
     constrain = lambda spectrum: equalise(spectrum, wanted, bank, spread)
     return alternate(start, constrain, n_fft, hop, iterations, momentum, past)
 
-# %% ../nbs/05_vocoder.ipynb #dbdc0ef9
+# %% ../nbs/05_vocoder.ipynb #1460322d
 class Codec(nn.Module):
     "What every codec of the course shares: its rates, and statistics that bring latents to mean 0 and deviation 1."
     def __init__(
@@ -176,7 +178,7 @@ class Codec(nn.Module):
         self.std.copy_((squares / count - (total / count) ** 2).clamp(min=1e-2).sqrt()) # a constant bin stays finite
         return self
 
-# %% ../nbs/05_vocoder.ipynb #fe3e7d64
+# %% ../nbs/05_vocoder.ipynb #60f5fba3
 @dataclass
 class MelCodecConfig:
     "What a MelCodec is, apart from its statistics."
@@ -184,7 +186,7 @@ class MelCodecConfig:
     vocoder: str = "griffin-lim" # synthesis; the only one so far
     iterations: int = 32 # rounds of Griffin-Lim
 
-# %% ../nbs/05_vocoder.ipynb #2c25102c
+# %% ../nbs/05_vocoder.ipynb #f58e0651
 class MelCodec(Codec):
     "Waveform to normalised log-mel frames and back: MELA-TTS's continuous tokens (slide 4), a vocoder without weights."
     def __init__(self, config: MelCodecConfig | None = None): # defaults to MelCodecConfig()
@@ -212,25 +214,24 @@ class MelCodec(Codec):
         codec.std.copy_(torch.tensor(saved["std"]))
         return codec
 
-# %% ../nbs/05_vocoder.ipynb #df4ac255
+# %% ../nbs/05_vocoder.ipynb #d9c8fe5e
 def invert(
     codec: MelCodec, # knows the filterbank, the statistics and the number of rounds
     latents: Tensor, # [B, frames, dim] normalised, at least one frame
-    past: Tensor | None = None, # complex [B, C, bins] frames to join on to
-    generator: torch.Generator | None = None, # for the initial noise; seed 0 unless given
+    **options: Tensor | torch.Generator | None, # `past`, `draft` and `generator` of mel_griffin_lim
 ) -> Tensor: # complex [B, frames, bins]
     "Spectra for latents; raises CourseError if they are not finite."
     if not latents.isfinite().all():
         raise CourseError("The latents hold NaN or infinity. Lower the learning rate, or look for the bad batch.")
-    mel = codec.restore(latents)
-    return mel_griffin_lim(mel, codec.analysis.bank, codec.config.mel.hop, codec.config.iterations, past=past, generator=generator)
+    return mel_griffin_lim(codec.restore(latents), codec.analysis.bank, codec.config.mel.hop, codec.config.iterations, **options)
 
-# %% ../nbs/05_vocoder.ipynb #e7be22ed
+# %% ../nbs/05_vocoder.ipynb #63c9dffb
 class MelStream:
     "Griffin-Lim piece by piece: what was handed out is never touched again, so pieces join without a click."
     def __init__(self, codec: MelCodec, lookahead: int = 2): # newest frames that wait for their right neighbours
         self.codec, self.lookahead, self.generator = codec, lookahead, torch.Generator().manual_seed(0)
-        self.waiting = self.spectra = None # latents not final yet [B, n, dim]; final spectra still needed [B, C, bins]
+        self.waiting = self.draft = None # latents not final yet [B, n, dim], and the best spectra for them so far
+        self.spectra = None # final spectra that are still needed [B, C, bins]
         self.ready = 0 # index in `spectra` of the first frame whose samples have not been returned
 
     def push(self, latents: Tensor) -> Tensor: # [B, n, dim] -> [B, samples] that are now final
@@ -244,9 +245,9 @@ class MelStream:
         mel = self.codec.config.mel
         if count > 0:
             past = None if self.spectra is None else self.spectra[:, -3:] # as many as overlap the next frame
-            fresh = invert(self.codec, self.waiting, past, self.generator)[:, :count]
-            self.spectra = fresh if past is None else torch.cat([self.spectra, fresh], 1)
-            self.waiting = self.waiting[:, count:]
+            fresh = invert(self.codec, self.waiting, past=past, draft=self.draft, generator=self.generator)
+            self.spectra = fresh[:, :count] if past is None else torch.cat([self.spectra, fresh[:, :count]], 1)
+            self.waiting, self.draft = self.waiting[:, count:], fresh[:, count:]
         if self.spectra is None: return self.waiting.new_zeros(len(self.waiting), 0)
         stop = max(self.spectra.shape[1] - (0 if last else 2), self.ready) # two frames to the right reach into a frame's samples
         wav = istft(self.spectra.transpose(1, 2), mel.n_fft, mel.hop)[:, self.ready * mel.hop : stop * mel.hop]

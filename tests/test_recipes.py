@@ -1,0 +1,80 @@
+"""Recipes: the toy tier and the LibriTTS path on a few rows; what is wrong is said before anything is computed."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ardm_course import recipes
+from ardm_course.audio import save_audio
+from ardm_course.core import CourseError
+from ardm_course.corpus import decode, load_corpus
+from ardm_course.recipes import RECIPES, corpus_source, held_out, prepare, recipe, speak_row, toy_shape, train
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARDM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "A LibriTTS tree of two voices, as OpenSLR packs it."
+    rows = load_corpus("stories", "dev")
+    for subset in ("train-clean-100", "dev-clean", "test-clean"):
+        for number in range(4):
+            row, voice = rows[number], ("84", "174")[number % 2]
+            stem = tmp_path / "LibriTTS" / subset / voice / "121550" / f"{voice}_121550_000001_{number:06d}"
+            stem.parent.mkdir(parents=True, exist_ok=True)
+            save_audio(stem.with_suffix(".wav"), decode(row)[:48000], 24000)
+            stem.with_name(stem.name + ".normalized.txt").write_text(row["text_normalized"])
+            stem.with_name(stem.name + ".original.txt").write_text(row["text_original"])
+    return tmp_path / "LibriTTS"
+
+
+def test_small_tier_on_a_libritts_tree(tree, tmp_path, monkeypatch):
+    tiny = replace(recipe("small"), model=toy_shape(48, 1, 1), teacher=None)
+    monkeypatch.setitem(RECIPES, "tiny", tiny)
+    data = prepare(tiny, tree)
+    assert data.config.speakers == ("174", "84") and len(data.train) == 4
+    tts, history = train("tiny", tmp_path / "run", data=data, steps=2, warmup=1, batch_frames=400, validate_every=2, checkpoint_every=2)
+    assert {"valid_flow_t0.1", "valid_flow_t0.9", "valid_stop"} <= set().union(*history)
+    row = held_out(tiny, 1, tree)[0]
+    spoken = speak_row(tts, row, steps=1, threshold=-1.0)
+    assert len(spoken.generated.wav) and len(spoken.resynthesised) == len(spoken.real) // 480 * 480
+
+
+def test_toy_recipe_prepares_its_teacher():
+    chosen = replace(recipe("toy"), teacher="phones")
+    data = prepare(chosen, limit=3)
+    item = data.train[0]
+    assert item.teacher.shape[:2] == (len(item.patches), 4) and data.config.tokens_per_patch > 1
+    assert torch.equal(data.train[0].patches, item.patches)
+
+
+def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe("toy-unaligned"), model=toy_shape(48, 1, 1)))
+    options = {"warmup": 1, "batch_frames": 600, "minutes": None, "validate_every": 100, "checkpoint_every": 2, "log_every": 1}
+    data = prepare(RECIPES["tiny"], limit=6)
+    whole, _ = train("tiny", tmp_path / "whole", data=data, steps=4, **options)
+    real = recipes.save_model
+    monkeypatch.setattr(recipes, "save_model", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):  # trained, but killed before the result was written
+        train("tiny", tmp_path / "parts", data=data, steps=4, **options)
+    monkeypatch.setattr(recipes, "save_model", real)
+    parts, _ = train("tiny", tmp_path / "parts", data=data, steps=4, **options)
+    for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_unknown_recipe_and_missing_corpus(monkeypatch):
+    with pytest.raises(CourseError, match="toy"):
+        recipe("toyy")
+    with pytest.raises(CourseError, match="data build open"):
+        corpus_source(recipe("ditar-toy"), None)
+
+
+def test_parameters_of_the_toys():
+    from ardm_course.ardm import ARDM
+    from ardm_course.core import count_parameters
+    assert count_parameters(ARDM(recipe("toy").model)) < 4.5e6
+    assert count_parameters(ARDM(recipe("ditar-toy").model)) < 10e6
