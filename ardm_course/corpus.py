@@ -8,7 +8,7 @@ __all__ = ['ROW_FIELDS', 'EMBEDDED', 'row_features', 'load_embedded', 'libritts_
            'seconds', 'words_of', 'statistics', 'load_phones', 'fingerprint', 'finished_rows', 'half_precision',
            'write_features', 'build_features', 'FeatureCache']
 
-# %% ../nbs/02_corpus.ipynb #98afe3d9
+# %% ../nbs/02_corpus.ipynb #281a44d6
 import hashlib
 import io
 import itertools
@@ -28,11 +28,11 @@ from torch import Tensor
 from .audio import load_audio
 from .core import CourseError, cache_dir, data_dir
 
-# %% ../nbs/02_corpus.ipynb #a958b191
+# %% ../nbs/02_corpus.ipynb #2ef0632b
 ROW_FIELDS = ("id", "audio", "text_normalized", "text_original", "speaker_id", "chapter_id", "path")
 EMBEDDED = ("phrases", "stories", "real", "librivox")
 
-# %% ../nbs/02_corpus.ipynb #b6a37bef
+# %% ../nbs/02_corpus.ipynb #e3935040
 def row_features(
     rate: int | None = None, # Hz written in the schema; None: whatever the file has
 ):
@@ -56,7 +56,7 @@ def load_embedded(
         raise CourseError(f"Corpus '{name}' has no split '{split}'. Choose one of: {found}.")
     return Dataset(parquet.read_table(file))
 
-# %% ../nbs/02_corpus.ipynb #72ebc9d6
+# %% ../nbs/02_corpus.ipynb #5976dc0b
 def libritts_rows(
     subset: Path, # .../train-clean-100: speaker/chapter/*.normalized.txt beside *.wav
 ) -> Iterator[dict]:
@@ -84,7 +84,7 @@ def load_libritts(
         raise CourseError(f"'{root}' holds no sentences of '{split}'. Choose a subset that is there ({found}), or unpack it again.")
     return Dataset(pyarrow.Table.from_pylist(rows, row_features().arrow_schema))
 
-# %% ../nbs/02_corpus.ipynb #56f18554
+# %% ../nbs/02_corpus.ipynb #36025089
 def parquet_files(
     root: Path, # folder in hub layout
     split: str, # such as "train" or "train.clean.100"
@@ -109,7 +109,7 @@ def load_folder(
         raise CourseError(f"'{root}' has no split '{split}'. Choose one of: {', '.join(sorted(names))}.")
     return load_libritts(root, split)
 
-# %% ../nbs/02_corpus.ipynb #1da18e13
+# %% ../nbs/02_corpus.ipynb #e7361033
 def load_hub(
     name: str, # "organisation/corpus"
     split: str, # split name on the hub, such as "train.clean.100"
@@ -129,7 +129,7 @@ def load_hub(
         raise CourseError(f"'{name}' with configuration {config!r} and split '{split}' is neither a folder here nor a "
                           f"corpus on the hub. Check the three names. ({str(error).splitlines()[0]})") from error
 
-# %% ../nbs/02_corpus.ipynb #66108739
+# %% ../nbs/02_corpus.ipynb #842d066a
 def with_row_schema(
     dataset, # Dataset or IterableDataset
     source: str, # its name, for the error message
@@ -145,7 +145,7 @@ def with_row_schema(
             dataset = dataset.cast_column(name, Value("string"))
     return dataset.cast_column("audio", Audio(decode=False))
 
-# %% ../nbs/02_corpus.ipynb #f5643751
+# %% ../nbs/02_corpus.ipynb #4a11c81c
 def load_corpus(
     source: str | Path, # "phrases", "stories", "real", "librivox", a folder, or a hub id "organisation/corpus"
     split: str = "train", # split, or the subset of a LibriTTS tree such as "train-clean-100"
@@ -164,7 +164,7 @@ def load_corpus(
                           "like organisation/corpus.")
     return with_row_schema(dataset, str(source))
 
-# %% ../nbs/02_corpus.ipynb #9d1e3c02
+# %% ../nbs/02_corpus.ipynb #91b71413
 def shard(
     dataset, # Dataset or IterableDataset
     index: int, # this process, 0 .. count - 1
@@ -174,7 +174,7 @@ def shard(
     from datasets.distributed import split_dataset_by_node
     return split_dataset_by_node(dataset, rank=index, world_size=count)
 
-# %% ../nbs/02_corpus.ipynb #2bbfc173
+# %% ../nbs/02_corpus.ipynb #64ee7c05
 def decode(
     row: dict, # one corpus row
     rate: int = 24000, # Hz of the result
@@ -199,7 +199,7 @@ class Skipped:
         if len(self.reasons) < 5:
             self.reasons.append(reason)
 
-# %% ../nbs/02_corpus.ipynb #80a3e8e9
+# %% ../nbs/02_corpus.ipynb #815ad1cf
 def readable(
     rows: Iterable[dict], # corpus rows
     rate: int = 24000, # Hz of the waveforms
@@ -217,7 +217,7 @@ def readable(
     if skipped is None and seen.count:
         warnings.warn(f"{seen.count} rows have no readable audio and were left out; first: {seen.reasons[0]}", stacklevel=2)
 
-# %% ../nbs/02_corpus.ipynb #785c2924
+# %% ../nbs/02_corpus.ipynb #d4beedf3
 def seconds(
     row: dict, # one corpus row
 ) -> float: # s
@@ -236,7 +236,7 @@ def words_of(
     "The words of a sentence."
     return re.findall(r"[a-z']+", text.lower())
 
-# %% ../nbs/02_corpus.ipynb #2d51ae18
+# %% ../nbs/02_corpus.ipynb #aeaece25
 def statistics(
     rows: Iterable[dict], # corpus rows
 ) -> dict: # counts, hours, quantiles of the seconds, seconds per speaker, and rates
@@ -259,7 +259,7 @@ def statistics(
             "speakers": speakers, "sentences": len(set(texts)), "vocabulary": len(set(words)), "skipped": skipped.count,
             "characters_per_second": sum(map(len, texts)) / total, "words_per_second": len(words) / total}
 
-# %% ../nbs/02_corpus.ipynb #0b69f486
+# %% ../nbs/02_corpus.ipynb #db1a6ecc
 def load_phones(
     source: str | Path = "phrases", # an embedded corpus with known durations, or a phones.parquet
 ) -> dict[str, dict]: # row id -> {"phonemes": str, "phones": list[str], "ends": list[float]}
@@ -270,7 +270,7 @@ def load_phones(
         raise CourseError(f"'{path}' does not exist. Only corpora made by `ardm-course data build` know their phones.")
     return {row.pop("id"): row for row in parquet.read_table(path).to_pylist()}
 
-# %% ../nbs/02_corpus.ipynb #99562ddf
+# %% ../nbs/02_corpus.ipynb #391e9b25
 def fingerprint(
     rows: Iterable[dict], # corpus rows
     key: str, # what the features depend on: codec or teacher configuration
@@ -287,7 +287,7 @@ def fingerprint(
             digest.update(f"{audio['path']} {status.st_size} {status.st_mtime_ns}".encode())
     return digest.hexdigest()[:32]
 
-# %% ../nbs/02_corpus.ipynb #bb5e82ca
+# %% ../nbs/02_corpus.ipynb #f467b139
 def finished_rows(
     folder: Path, # private folder of a build that may have been interrupted
 ) -> list[dict]: # one {"id", "length", "dim"} per finished row
@@ -310,7 +310,7 @@ def half_precision(
         raise CourseError(f"The features of row '{row_id}' do not fit float16. Look at its audio, and normalise the latents.")
     return half.numpy().tobytes()
 
-# %% ../nbs/02_corpus.ipynb #bcdc35c7
+# %% ../nbs/02_corpus.ipynb #f622a418
 def write_features(
     folder: Path, # private folder; what an interrupted build finished there is kept
     rows: Iterable[dict], # corpus rows
@@ -335,7 +335,7 @@ def write_features(
         os.fsync(data.fileno())
     return finished_rows(folder)
 
-# %% ../nbs/02_corpus.ipynb #e3577075
+# %% ../nbs/02_corpus.ipynb #a887c156
 def build_features(
     folder: Path, # where the finished cache goes
     rows: Iterable[dict], # corpus rows
@@ -360,7 +360,7 @@ def build_features(
     (private / "journal.jsonl").unlink()
     private.rename(folder)
 
-# %% ../nbs/02_corpus.ipynb #ea5c97b9
+# %% ../nbs/02_corpus.ipynb #5c8839d1
 class FeatureCache:
     "Features of a corpus on disk: item i is the [T, D] features of row ids[i], stored as float16, memory-mapped."
 

