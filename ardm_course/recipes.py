@@ -25,7 +25,7 @@ from .core import CourseError, atomic_write, cache_dir, count_parameters, data_d
 from .corpus import FeatureCache, decode, load_corpus, load_phones
 from .evaluation import Sample, measure, summarise
 from .locdit import HeadConfig
-from .report import Take, environment, write_json
+from .report import Take, environment, takes_of, write_json
 from .repa import (FrameRecogniser, PhoneLabels, RecogniserTeacher, Teacher, TimeAlignment, WhisperTeacher, phone_alphabet,
                               phone_frames, teacher_patches)
 from .text import TextConfig
@@ -321,10 +321,9 @@ def judge(
     rate: int = 24000,  # Hz
 ) -> tuple[dict, list[Take]]:  # a row of the report, and takes to listen to
     "Ask every judge about one version of some sentences."
-    answers = measure([Sample(text, wav, rate, voices and voices[index]) for index, (text, wav) in enumerate(zip(texts, wavs))])
-    judges = [name for name in ("moonshine", "whisper") if answers[name] is not None]
-    takes = [Take(text, kind, wav, rate, {name: answers[name][index] for name in judges}) for index, (text, wav) in enumerate(zip(texts, wavs))]
-    return summarise(answers), takes
+    samples = [Sample(text, wav, rate, voices and voices[index]) for index, (text, wav) in enumerate(zip(texts, wavs))]
+    answers = measure(samples)
+    return summarise(answers), takes_of(kind, samples, answers)
 
 
 def judge_spoken(
