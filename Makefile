@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env run test check lab notebooks readme clean-env
+.PHONY: help env run test check lab notebooks readme exercises editions clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,12 @@ check: env  ## what CI asks of a commit: exporting and cleaning the notebooks ch
 
 lab: env  ## open the course in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=nbs
+
+exercises: env  ## write the answer sheets' exercises into the notebooks
+	$(BIN)/python -c "from ardm_course.editions import write_exercises; print(write_exercises())"
+
+editions: env  ## learner's and instructor's notebooks, in build/
+	$(BIN)/python -c "from ardm_course.editions import make_editions; print(make_editions('build'))"
 
 notebooks: env  ## run every notebook again and keep its outputs
 	for notebook in nbs/[0-9]*.ipynb nbs/appendix/*.ipynb nbs/index.ipynb; do \

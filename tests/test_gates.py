@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from ardm_course.checks import exercises_of
+from ardm_course.editions import with_exercises
+
 ROOT = Path(__file__).parent.parent
 NUMBERED = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 NOTEBOOKS = NUMBERED + sorted((ROOT / "nbs" / "appendix").glob("*.ipynb"))
@@ -48,7 +51,8 @@ def test_head(path):
 
 @pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
 def test_proportions(path):
-    every, code = cells(path), cells(path, "code")
+    every = [cell for cell in cells(path) if "exercise" not in cell["metadata"].get("tags", [])]  # exercises come on top
+    code = [cell for cell in every if cell["cell_type"] == "code"]
     lines = [len([line for line in source(cell).splitlines() if line.strip()]) for cell in code]
     assert 40 <= len(every) <= 80, f"{path.name}: {len(every)} cells, between 40 and 80 are wanted"
     assert max(lines) <= 30, f"{path.name}: code cell {lines.index(max(lines))} has {max(lines)} lines, 30 is the limit"
@@ -58,6 +62,30 @@ def test_proportions(path):
     assert asserts >= 8, f"{path.name}: {asserts} asserts, at least 8 are wanted"
     figures = sum("image/png" in output.get("data", {}) for cell in code for output in cell["outputs"])
     assert figures >= 4, f"{path.name}: {figures} figures in its outputs, at least 4 are wanted (were the outputs saved?)"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_exercises(path):
+    number = path.stem.split("_")[0]
+    known = exercises_of(number)
+    assert 3 <= len(known) <= 6, f"{path.name} has {len(known)} exercises, three to six are wanted; its answer sheet belongs to nbs/exercises/{path.name}"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    assert with_exercises(notebook, number) == notebook, f"{path.name}: its exercises are not those of nbs/exercises/{path.name}; run `make exercises`"
+    row = source(cells(path)[1]).splitlines()[-1].strip("| ").split("|")
+    assert row[4].strip() == str(len(known)), f"{path.name}: the table under its title says {row[4].strip()} exercises, there are {len(known)}"
+    for cell in cells(path, "code"):
+        if "check" in cell["metadata"].get("tags", []):
+            assert "passed" in json.dumps(cell["outputs"]), f"{path.name}: the saved answer of {source(cell).splitlines()[0]} is not a pass; run the notebook again"
+
+
+def test_answer_sheets_use_nothing_from_later_notebooks():
+    order = [module_of(path) for path in NUMBERED]
+    for path in NUMBERED:
+        sheet = ROOT / "ardm_course" / "exercises" / f"e{path.stem}.py"
+        if not sheet.exists(): continue
+        for node in ast.walk(ast.parse(sheet.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level == 2:
+                assert node.module in order[:order.index(module_of(path)) + 1], f"{sheet.name} imports {node.module}, which {path.name} comes before"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
@@ -70,8 +98,9 @@ def test_size_and_paths(path):
 
 
 def test_no_import_from_a_later_notebook():
-    order = [module_of(path) for path in NOTEBOOKS]
-    for place, (path, module) in enumerate(zip(NOTEBOOKS, order)):
+    exporting = [path for path in NOTEBOOKS if module_of(path) or path in NUMBERED]  # appendix tables need no module
+    order = [module_of(path) for path in exporting]
+    for place, (path, module) in enumerate(zip(exporting, order)):
         text = (ROOT / "ardm_course" / f"{module}.py").read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.level == 1:

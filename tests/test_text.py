@@ -127,7 +127,7 @@ def test_no_input_within_the_limit_keeps_the_rules_busy():
     for sign in " .-,1$'(/:A":
         with contextlib.suppress(CourseError):  # some signs become long words
             normalise("a" + sign * 900 + "a")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 60  # nested repeats in a rule would take hours
 
 
 def test_plain_text_does_not_warn():
