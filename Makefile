@@ -39,6 +39,9 @@ exercises: env  ## write the answer sheets' exercises into the notebooks
 editions: env  ## learner's and instructor's notebooks, in build/
 	$(BIN)/python -c "from ardm_course.editions import make_editions; print(make_editions('build'))"
 
+timing: env  ## run every notebook in its fast version, and keep the seconds in data/results/timing.json
+	$(BIN)/python -c "from ardm_course.editions import time_notebooks; print(time_notebooks()['total_s'])"
+
 notebooks: env  ## run every notebook again and keep its outputs
 	for notebook in nbs/[0-9]*.ipynb nbs/appendix/*.ipynb nbs/index.ipynb; do \
 		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 $$notebook && $(BIN)/nbdev_clean --fname $$notebook || exit 1; done

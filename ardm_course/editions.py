@@ -5,16 +5,18 @@
 # %% auto #0
 __all__ = ['TAGS', 'NEEDED', 'cell', 'dots', 'task_text', 'exercise_cells', 'read_notebook', 'write_notebook', 'text', 'tags',
            'number_of', 'section', 'with_exercises', 'write_exercises', 'learner', 'filled', 'note', 'instructor',
-           'make_editions', 'count', 'course_table']
+           'make_editions', 'run_notebook', 'time_notebooks', 'count', 'course_table']
 
-# %% ../nbs/appendix/editions.ipynb #8128d856
-import copy, hashlib, json, re
+# %% ../nbs/appendix/editions.ipynb #4044f40d
+import copy, hashlib, json, os, re, subprocess, sys, time
 from pathlib import Path
+
+import torch
 
 from .checks import Exercise, exercises_of, shelves, source_of, stub_of
 from .core import CourseError, atomic_write
 
-# %% ../nbs/appendix/editions.ipynb #5cdd01b5
+# %% ../nbs/appendix/editions.ipynb #c5ab70c8
 TAGS = ("task", "stub", "solution", "check", "listen")
 
 
@@ -44,7 +46,7 @@ def task_text(
     return (f"### {exercise.id} {exercise.title}\n\ndifficulty {dots(exercise.difficulty)} · importance {dots(exercise.importance)} · "
             f"about {exercise.minutes} minutes\n\n{exercise.task}\n\n{hints}")
 
-# %% ../nbs/appendix/editions.ipynb #3d7b62f6
+# %% ../nbs/appendix/editions.ipynb #56c0db91
 def exercise_cells(
     exercise: Exercise,
 ) -> list[dict]:
@@ -58,7 +60,7 @@ def exercise_cells(
         made.append(cell(f"if answer:  # your function is right: let the system run with it\n{body}", "exercise", "listen"))
     return made
 
-# %% ../nbs/appendix/editions.ipynb #b5e57462
+# %% ../nbs/appendix/editions.ipynb #96fb61f8
 def read_notebook(
     path: Path,
 ) -> dict:
@@ -94,7 +96,7 @@ def number_of(
     "The number of a notebook."
     return Path(path).stem.split("_")[0]
 
-# %% ../nbs/appendix/editions.ipynb #be0a170b
+# %% ../nbs/appendix/editions.ipynb #2279ad32
 NEEDED = "from ardm_course.checks import check, progress, solution, use"
 
 
@@ -123,7 +125,7 @@ def with_exercises(
     kept = [cell for cell in cells[where] if "exercise" not in tags(cell)]
     return {**notebook, "cells": [*cells[:where.start], *kept, *(made if len(made) > 1 else []), *cells[where.stop:]]}
 
-# %% ../nbs/appendix/editions.ipynb #3efc14fe
+# %% ../nbs/appendix/editions.ipynb #746f98f9
 def write_exercises(
     folder: str | Path = "nbs",
 ) -> list[str]:  # notebooks that changed
@@ -138,7 +140,7 @@ def write_exercises(
             changed.append(path.name)
     return changed
 
-# %% ../nbs/appendix/editions.ipynb #07afec1c
+# %% ../nbs/appendix/editions.ipynb #91bced67
 def learner(
     notebook: dict,
 ) -> dict:
@@ -160,7 +162,7 @@ def filled(
         if "stub" in tags(cell): cell["source"] = answers[text(cell)]
     return solved
 
-# %% ../nbs/appendix/editions.ipynb #2c94a55f
+# %% ../nbs/appendix/editions.ipynb #7f90e1b8
 def note(
     exercise: Exercise,
 ) -> str:  # markdown
@@ -181,7 +183,7 @@ def instructor(
         if "check" in tags(part): made.append(cell(notes[re.search(r'check\("([^"]+)"', text(part))[1]], "instructor", kind="markdown"))
     return {**notebook, "cells": made}
 
-# %% ../nbs/appendix/editions.ipynb #7a9db3db
+# %% ../nbs/appendix/editions.ipynb #d2df2168
 def make_editions(
     out: str | Path,  # gets the folders learner and instructor
     folder: str | Path = "nbs",
@@ -196,7 +198,36 @@ def make_editions(
         if place.parts[0] not in ("exercises", "instructor"): write_notebook(out / "learner" / place, learner(notebook))
     return out
 
-# %% ../nbs/appendix/editions.ipynb #9803a7a6
+# %% ../nbs/appendix/editions.ipynb #6e6a1189
+def run_notebook(
+    path: str | Path,
+    root: str | Path = ".",  # of the course: where settings.ini is
+    fast: bool = True,  # the fast version
+) -> float:  # seconds
+    "Run a notebook from top to bottom in a fresh interpreter. Raises CourseError with its last lines if a cell fails."
+    command = [sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test(path={str(path)!r}, n_workers=0, do_print=True)"]
+    environment = {**os.environ, "ARDM_FAST": str(int(fast)), "MPLBACKEND": "agg"}
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=1800)
+    if done.returncode: raise CourseError(f"{Path(path).name} did not run to its end.\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return time.perf_counter() - start
+
+
+def time_notebooks(
+    root: str | Path = ".",  # of the course
+) -> dict:  # what data/results/timing.json holds
+    "Run every notebook in its fast version and keep the seconds."
+    seconds = {}
+    for path in sorted((Path(root) / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" in path.parts: continue
+        place = path.relative_to(root).as_posix()
+        seconds[place] = round(run_notebook(place, root), 1)
+        print(f"{seconds[place]:7.1f} s  {place}")
+    found = {"command": "make timing", "fast": True, "threads": torch.get_num_threads(), "total_s": round(sum(seconds.values()), 1), "seconds": seconds}
+    with atomic_write(Path(root) / "data" / "results" / "timing.json") as draft: draft.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+# %% ../nbs/appendix/editions.ipynb #65b6d129
 def count(
     path: Path,  # of a numbered notebook
 ) -> dict:

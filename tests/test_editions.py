@@ -1,27 +1,16 @@
 """The journey: a learner's edition runs unfilled with kind stubs, and filled with the solutions, notebook by notebook in fresh interpreters."""
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ardm_course.checks import exercises_of
 from ardm_course.core import CourseError
-from ardm_course.editions import (cell, count, course_table, exercise_cells, filled, instructor, learner, make_editions, number_of, read_notebook, section, tags,
+from ardm_course.editions import (cell, count, course_table, exercise_cells, filled, instructor, learner, make_editions, number_of, read_notebook, run_notebook, section, tags,
                                   text, with_exercises, write_notebook)
 
 ROOT = Path(__file__).parent.parent
 NUMBERED = sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))
 OTHERS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if path not in NUMBERED and ".ipynb_checkpoints" not in path.parts)
-
-
-def run(path, folder):
-    "Run a notebook in an interpreter of its own, in its fast version."
-    command = [sys.executable, "-c", f"from nbdev.test import nbdev_test; nbdev_test(path={str(path)!r}, n_workers=0, do_print=True)"]
-    environment = {**os.environ, "ARDM_FAST": "1", "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{path.name}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def learners(path, tmp_path, fill):
@@ -35,17 +24,17 @@ def learners(path, tmp_path, fill):
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 def test_filled_with_the_solutions_it_passes(path, tmp_path):
-    run(learners(path, tmp_path, fill=True), tmp_path)
+    run_notebook(learners(path, tmp_path, fill=True), ROOT)
 
 
 @pytest.mark.parametrize("path", NUMBERED, ids=lambda path: path.stem)
 def test_unfilled_only_the_stubs_fail_kindly(path, tmp_path):
-    run(learners(path, tmp_path, fill=False), tmp_path)
+    run_notebook(learners(path, tmp_path, fill=False), ROOT)
 
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.relative_to(ROOT / "nbs").with_suffix("").as_posix())
 def test_the_other_notebooks_run(path):
-    run(path.relative_to(ROOT), ROOT)
+    run_notebook(path.relative_to(ROOT), ROOT)
 
 
 def test_editions(tmp_path):
