@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env run test check lab notebooks readme exercises editions clean-env
+.PHONY: help env run test check lab notebooks readme exercises editions docs slides clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,8 +30,8 @@ test: env  ## every test and every notebook, in parallel
 check: env  ## what CI asks of a commit: exporting and cleaning the notebooks changes nothing
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- nbs ardm_course
 
-lab: env  ## open the course in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=nbs
+lab: env  ## open the course in JupyterLab (ARGS="--allow-root --no-browser" in a container)
+	$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
 
 exercises: env  ## write the answer sheets' exercises into the notebooks
 	$(BIN)/python -c "from ardm_course.editions import write_exercises; print(write_exercises())"
@@ -45,6 +45,14 @@ timing: env  ## run every notebook in its fast version, and keep the seconds in 
 notebooks: env  ## run every notebook again and keep its outputs
 	for notebook in nbs/[0-9]*.ipynb nbs/appendix/*.ipynb nbs/index.ipynb; do \
 		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=600 $$notebook && $(BIN)/nbdev_clean --fname $$notebook || exit 1; done
+
+docs: env  ## the documentation site, in build/docs (open index.html; no network needed)
+	rm -rf build/docs
+	$(BIN)/python -c "from ardm_course.site import make_docs; print(make_docs('build/docs'))"
+
+slides: env  ## reveal.js slides of the tagged cells, in build/slides
+	rm -rf build/slides
+	$(BIN)/python -c "from ardm_course.site import make_slides; print(make_slides('build/slides'))"
 
 readme: env  ## render README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb

@@ -277,10 +277,104 @@ def test_errors_inside_a_picture_reach_the_learner():
 def test_slider_redraws():
     pytest.importorskip("ipywidgets")
     box = core._live(lambda k: core.show_curves({"": [k, 2]}, "x", "y", title=f"k is {k}"), {"k": (1, 5, 2)})
-    slider, output = box.children
+    hint, slider, output = box.children
     assert slider.value == 3 and "k is 3" in output.outputs[0]["data"]["text/plain"]
     slider.value = 5
     assert "k is 5" in output.outputs[0]["data"]["text/plain"] and len(output.outputs) == 1
+
+
+@pytest.fixture
+def speak():
+    "A function that shows, plays and prints, and counts its runs."
+    def speak(text, speed):
+        speak.runs.append((text, speed))
+        if not text:
+            raise CourseError("There is nothing to say. Type a sentence.")
+        core.play(torch.zeros(2400), 24000, text)
+        core.show_curves({"": [1, speed]}, "x", "y", title=f"speed {speed}")
+        print(f"said {len(text)} letters")
+    speak.runs = []
+    return speak
+
+
+@pytest.mark.parametrize("button, speed", [("Speak", [1, 2, 4]), ("Speak", (1, 3, 1)), (None, "2")])  # text boxes alone have no grid either
+def test_without_a_grid_the_page_keeps_one_whole_run(speak, button, speed, capsys):
+    with core._collect() as shown:
+        core.explore(lambda text, speed: speak(text, int(speed)), button=button, text="hello", speed=speed)
+    assert speak.runs == [("hello", 2)] and capsys.readouterr().out == "said 5 letters\n"
+    (player, _), (figure, _) = shown
+    assert len(heard(player)) == 1 and pixels(figure).shape[1] == 700
+
+
+def test_a_text_box_has_no_row_in_the_grid():
+    with core._collect() as shown:
+        core.explore(lambda text, k: (print(text), core.show_curves({text: [k]}, "x", "y")), text="words", k=[1, 2, 3])
+    assert [metadata["image/png"]["alt"] for _, metadata in shown] == ["pictures at k = 1, k = 2, k = 3"]
+
+
+def test_the_button_runs_and_nothing_else_does(speak):
+    pytest.importorskip("ipywidgets")
+    hint, text, speed, button, output = core._live(speak, {"text": "hello", "speed": [1, 2, 4]}, "Speak <now>").children
+    assert button.description == "Speak <now>" and "&lt;now&gt;" in hint.value
+    text.value, speed.value = "good morning", 4
+    assert speak.runs == [] and output.outputs == ()
+    button.click()
+    player, figure, printed = output.outputs
+    assert speak.runs == [("good morning", 4)] and len(heard(player["data"])) == 1 and printed["text"] == "said 12 letters\n"
+    assert "speed 4" in figure["data"]["text/plain"] and not button.disabled and button.description == "Speak <now>"
+
+
+def test_while_it_runs_the_button_says_so():
+    pytest.importorskip("ipywidgets")
+    seen = []
+    box = core._live(lambda text: seen.append((box.children[-2].disabled, box.children[-2].description)), {"text": "a"}, "Go")
+    box.children[-2].click()
+    assert seen == [(True, "Working ...")] and not box.children[-2].disabled
+
+
+def test_a_live_error_takes_the_place_of_the_result(speak):
+    pytest.importorskip("ipywidgets")
+    hint, text, speed, button, output = core._live(speak, {"text": "hello", "speed": [1, 2, 4]}, "Speak").children
+    button.click()
+    text.value = ""
+    button.click()
+    assert [(item["name"], item["text"]) for item in output.outputs] == [("stderr", "There is nothing to say. Type a sentence.\n")]
+    assert not button.disabled
+    assert core._outputs(lambda k: 1 / k, {"k": 0})[0]["text"] == "ZeroDivisionError: division by zero\n"
+
+
+def test_small_pictures_have_few_ticks():
+    with core._collect(width=3.0, dpi=77):
+        with core.panels() as axes:
+            core.show_wave(torch.zeros(720), 24000, ax=axes[0])
+    assert len(axes[0].get_xticks()) <= 6
+
+
+# ---- installing beside an installed PyTorch
+
+def test_install_command_pins_what_is_there(monkeypatch):
+    there = {"torch": "2.13.0+cu130", "torchaudio": "2.13.0"}
+
+    def version(package):
+        if package in there:
+            return there[package]
+        raise core.importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(core.importlib.metadata, "version", version)
+    command = core.install_command(Path("somewhere") / "course")
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert command[-2:] == ["torch==2.13.0+cu130", "torchaudio==2.13.0"] and command[-3] == str(Path("somewhere") / "course")
+    there.clear()
+    assert not any("torch" in word for word in core.install_command("course"))
+
+
+def test_pip_would_leave_torch_alone(tmp_path):
+    (tmp_path / "setup.py").write_text("from setuptools import setup; setup(name='needs-torch', version='1', install_requires=['torch>=2.11'])")
+    options = ["--dry-run", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+    command = [word for word in core.install_command(tmp_path) if word != "--quiet"] + options
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Would install needs" in done.stdout and "torch-" not in done.stdout.split("Would install")[1].replace("needs-torch-", "")
 
 
 # ---- the doctor
@@ -320,6 +414,33 @@ def test_old_package_is_found(monkeypatch):
     with pytest.raises(CourseError, match="older than 2.11"):
         core._see_packages("torch", "2.11")
     assert core._see_packages("torch", "2.9") == "torch 2.9.1"
+
+
+def test_a_torchaudio_for_another_torch_is_found(monkeypatch, tmp_path):
+    monkeypatch.setattr(core.importlib.metadata, "version", lambda package: "2.13.0")
+    (tmp_path / "libtorchaudio.so").write_text("this is not a library")
+    file = namedtuple("file", "name locate")("libtorchaudio.so", lambda: tmp_path / "libtorchaudio.so")
+    monkeypatch.setattr(core.importlib.metadata, "files", lambda package: [file])
+    with pytest.raises(CourseError, match="torchaudio 2.13.0 was built for another torch"):
+        core._see_torchaudio()
+    monkeypatch.setattr(core.importlib.metadata, "files", lambda package: None)
+    assert core._see_torchaudio() == "torchaudio 2.13.0"
+
+
+def test_a_folder_that_is_not_the_data_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("ARDM_DATA", str(tmp_path))
+    with pytest.raises(CourseError, match="not the course's data"):
+        core._see_data()
+    (tmp_path / "checkpoints").mkdir()
+    assert core._see_data() == "checkpoints: enough to speak; the notebooks need a checkout"
+
+
+@pytest.mark.parametrize("blocked", ["a file", "no parent"])
+def test_a_closed_cache_is_found_and_mended(monkeypatch, tmp_path, blocked):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ARDM_CACHE", str(tmp_path / "file" if blocked == "a file" else tmp_path / "file" / "cache"))
+    cache, = (finding for finding in core.doctor() if finding.name == "cache")
+    assert not cache.ok and "Set ARDM_CACHE" in cache.mend
 
 
 def test_doctor_knows_every_requirement():
