@@ -8,7 +8,7 @@ __all__ = ['EXERCISES', 'COLOURS', 'Mistake', 'Exercise', 'register', 'shelves',
            'CheckResult', 'check', 'judge', 'remembered', 'remember', 'Progress', 'progress', 'Solution', 'solution',
            'places', 'part', 'takes_the_same', 'use']
 
-# %% ../nbs/00b_checks.ipynb #6b56d121
+# %% ../nbs/00b_checks.ipynb #dd2ea0c1
 import ast, contextlib, html, importlib, inspect, json, math, pkgutil, sys, textwrap, types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from .core import PALETTE, CourseError, atomic_write, cache_dir
 
 from .core import draw_flow, draw_modules, explore, human, show_curves
 
-# %% ../nbs/00b_checks.ipynb #12ef183e
+# %% ../nbs/00b_checks.ipynb #0d74b57e
 @dataclass(frozen=True)
 class Mistake:
     "A wrong answer that people really give, and what to tell them."
@@ -56,7 +56,7 @@ def register(
     EXERCISES[exercise.id] = exercise
     return exercise
 
-# %% ../nbs/00b_checks.ipynb #55c12690
+# %% ../nbs/00b_checks.ipynb #b9df35d9
 @cache
 def shelves() -> dict[str, str]:  # notebook number -> module that registers its exercises
     "Where the exercises of every notebook are kept."
@@ -81,7 +81,7 @@ def find(
     near = ", ".join(known) or f"notebooks {', '.join(sorted(shelves()))}"
     raise CourseError(f"There is no exercise {id!r}. There are: {near}.")
 
-# %% ../nbs/00b_checks.ipynb #68c62c04
+# %% ../nbs/00b_checks.ipynb #d35eb39e
 def source_of(
     function: Callable,
 ) -> str:
@@ -98,7 +98,7 @@ def stub_of(
     head = source.splitlines()[:docstring.end_lineno]
     return "\n".join([*head, f'    raise NotImplementedError("Exercise {exercise.id}: {exercise.title}")'])
 
-# %% ../nbs/00b_checks.ipynb #20f916e6
+# %% ../nbs/00b_checks.ipynb #28c0c140
 @dataclass(frozen=True)
 class Raised:
     "An observation that ended in an error."
@@ -123,7 +123,7 @@ def observations(
             seen.append((f"the case after {label!r}" if seen else label, Raised(type(error).__name__, str(error))))
     return seen
 
-# %% ../nbs/00b_checks.ipynb #748ed138
+# %% ../nbs/00b_checks.ipynb #894f2772
 def numbers(
     value: object,
 ) -> Tensor | None:  # None: not made of numbers
@@ -155,7 +155,7 @@ def difference(
     place = f" at {list(where)}" if where else ""
     return f"got {show(a[where].item())}, wanted {show(b[where].item())}{place}"
 
-# %% ../nbs/00b_checks.ipynb #2ae22478
+# %% ../nbs/00b_checks.ipynb #697ccc3f
 def show(
     value: object,
 ) -> str:
@@ -176,7 +176,7 @@ def first_difference(
         if text := difference(a, b, tolerance): return place, text
     return None if len(got) == len(wanted) else (min(len(got), len(wanted)), "fewer cases came back than were asked for")
 
-# %% ../nbs/00b_checks.ipynb #a1bdc5b5
+# %% ../nbs/00b_checks.ipynb #770041c3
 def likely_mistake(
     exercise: Exercise,
     got: list[tuple[str, object]],  # what the learner's function gave
@@ -191,7 +191,7 @@ def likely_mistake(
     if isinstance(value, Tensor) and not value.is_complex() and not torch.isfinite(value).all(): return "There are infinite or undefined numbers: look for a division by zero or the logarithm of zero."
     return "No known mistake behaves like this: call your function on the failing case and compare by hand."
 
-# %% ../nbs/00b_checks.ipynb #39518f70
+# %% ../nbs/00b_checks.ipynb #26813486
 COLOURS = {"passed": PALETTE[2], "failed": PALETTE[1], "not started": "#888888"}
 
 
@@ -221,7 +221,7 @@ class CheckResult:
         return (f"<div style='border-left:4px solid {COLOURS[self.state]};padding:.2em .8em;max-width:46em'>"
                 f"<b>{self.id} {html.escape(self.title)}: <span style='color:{COLOURS[self.state]}'>{self.state}</span></b>{rows}</div>")
 
-# %% ../nbs/00b_checks.ipynb #4a89ec96
+# %% ../nbs/00b_checks.ipynb #c0d0a6d2
 def check(
     id: str,  # of an exercise
     function: Callable,  # yours
@@ -249,7 +249,7 @@ def judge(
     case = got[place][0] if place < len(got) else tested[min(place, len(tested) - 1)]
     return CheckResult(*about, "failed", tested, f"{case}: {text}", likely_mistake(exercise, got, place))
 
-# %% ../nbs/00b_checks.ipynb #68b7855f
+# %% ../nbs/00b_checks.ipynb #69340b0d
 def remembered() -> dict[str, dict]:  # exercise id -> {"state": ..., "tries": ...}
     "What you have checked so far, in any notebook."
     file = cache_dir() / "progress.json"
@@ -268,7 +268,7 @@ def remember(
     with contextlib.suppress(CourseError, OSError), atomic_write(cache_dir() / "progress.json") as draft:
         draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
 
-# %% ../nbs/00b_checks.ipynb #3bfd9f38
+# %% ../nbs/00b_checks.ipynb #dd98333d
 @dataclass(frozen=True)
 class Progress:
     "A map of all exercises and how far you are."
@@ -292,7 +292,7 @@ def progress() -> Progress:
     known = remembered()
     return Progress({number: {exercise.id: known.get(exercise.id, {}).get("state", "not started") for exercise in exercises_of(number)} for number in sorted(shelves())})
 
-# %% ../nbs/00b_checks.ipynb #72e3a5dc
+# %% ../nbs/00b_checks.ipynb #f39c7c5a
 @dataclass(frozen=True)
 class Solution:
     "An answer to read, folded until you open it."
@@ -313,7 +313,7 @@ def solution(
         raise CourseError(f"Try exercise {id} once first: check({id!r}, {exercise.reference.__name__}). A wrong answer is enough, and its message may be all you need.")
     return Solution(id, source_of(exercise.reference))
 
-# %% ../nbs/00b_checks.ipynb #6998923b
+# %% ../nbs/00b_checks.ipynb #639dc290
 def places(
     original: Callable,
 ) -> Iterator[tuple[dict, object]]:  # (table, key): table[key] is the original
@@ -333,7 +333,7 @@ def part(
         if module_name.startswith("ardm_course.") and name in getattr(module, "__all__", ()) and inspect.isfunction(vars(module).get(name)): return vars(module)[name]
     raise CourseError(f"No function {name!r} is loaded. Name a public function of a module that you have imported, such as `use(euler=my_euler)`.")
 
-# %% ../nbs/00b_checks.ipynb #7520f6a2
+# %% ../nbs/00b_checks.ipynb #7524f60f
 def takes_the_same(
     original: Callable,
     mine: Callable,

@@ -480,6 +480,9 @@ def main(
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    except ModuleNotFoundError as error:
+        print(f"ardm-course: the package {error.name} is missing. In a checkout run `make env`; elsewhere install it with pip.", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         from ardm_course.core import CourseError
         if isinstance(error, ValueError) and not isinstance(error, CourseError):

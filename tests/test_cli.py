@@ -278,3 +278,9 @@ def test_without_cache_draws_the_same(tiny):
     options = lambda: {"guidance": 2.0, "steps": 3, "generator": torch.Generator().manual_seed(1)}
     cached = torch.stack([drawn.patch for drawn in generate(tts.model, tokens, threshold=2, most=5, **options())])
     assert torch.allclose(cli.generate_without_cache(tts.model, tokens, 5, **options()), cached, atol=1e-4)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ardm_course.core", None)  # as if torch, which core imports, were not there
+    assert cli.main(["doctor"]) == 2
+    assert "is missing" in capsys.readouterr().err
