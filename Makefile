@@ -55,8 +55,9 @@ slides: env  ## reveal.js slides of the tagged cells, in build/slides
 	$(BIN)/python -c "from ardm_course.site import make_slides; print(make_slides('build/slides'))"
 
 readme: env  ## render README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README nbs/index.ipynb
-	sed -i.bak -E 's#\]\(([0-9a-z][^):]*)\)#](nbs/\1)#g; s#\]\(\.\./#](#g' README.md && rm README.md.bak
+	$(BIN)/jupyter nbconvert --to markdown --output-dir . --output README --NbConvertApp.output_files_dir=nbs/images \
+		--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_input_tags=hide-input nbs/index.ipynb
+	sed -i.bak -E 's#\]\(([0-9a-z][^):]*)\)#](nbs/\1)#g; s#\]\(\.\./#](#g; s#\]\(nbs/nbs/#](nbs/#g; s#!\[png\]#![The course map]#' README.md && rm README.md.bak
 
 clean-env:  ## remove the virtual environment
 	rm -rf $(VENV)
