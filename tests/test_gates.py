@@ -108,6 +108,54 @@ def test_no_import_from_a_later_notebook():
                     assert needed in order[:place], f"{path.name}: module {module} imports {needed}, which no earlier notebook exports"
 
 
+WIDGETS = {"01_audio": "mel settings", "02_corpus": "corpus browser", "04_training": "loss", "07_flow": "trajectories", "08_sampling": "steps and guidance",
+           "10_locdit": "history", "11_ardm": "stop threshold", "11b_tts": "playground"}
+
+
+@pytest.mark.parametrize("stem", WIDGETS)
+def test_widgets(stem):
+    text = "\n".join(source(cell) for cell in cells(ROOT / "nbs" / f"{stem}.ipynb", "code"))
+    assert re.search(r"^explore\(", text, re.M), f"{stem}: it owes a widget ({WIDGETS[stem]}); call core.explore"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_alternative_text(path):
+    for cell in cells(path, "code"):
+        for output in cell["outputs"]:
+            if "image/png" in output.get("data", {}):
+                alt = output["metadata"].get("image/png", {}).get("alt", "")
+                assert len(alt) > 8, f"{path.name}: a figure has no alternative text (draw through core.panels or show_figure), in the cell that begins {source(cell)[:60]!r}"
+
+
+@pytest.mark.parametrize("path", NUMBERED, ids=names(NUMBERED))
+def test_sound_comes_in_pairs(path):
+    sounds = ["".join(output.get("data", {}).get("text/html", "")).count("<audio") for cell in cells(path, "code") for output in cell["outputs"]]
+    assert not any(sounds) or max(sounds) >= 2, f"{path.name}: it plays sound but never two beside each other (core.compare)"
+
+
+TERMS = {r"\b[Pp]ytorch\b|\bPyTORCH\b": "PyTorch", r"\bLibri[Tt]ts\b|\bLibriTts\b": "LibriTTS", r"\bnumpy\b": "NumPy", r"\blog mel\b|\blogmel\b": "log-mel",
+         r"\bmelspectrogram\b": "mel spectrogram", r"\bclassifier free\b": "classifier-free", r"\bJupyter[Ll]ab\b(?<!JupyterLab)": "JupyterLab", r"\bGriffin Lim\b": "Griffin-Lim",
+         r"\bauto-regressive\b": "autoregressive", r"\b[Ll]oc[Dd]it\b(?<!LocDiT)(?!\.)": "LocDiT", r"\bstop-head\b": "stop head", r"\bVoxCpm\b|\bvoxCPM\b": "VoxCPM"}
+EMOJI = re.compile("[\U0001F300-\U0001FAFF\u2705\u274C\u2728]")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=names(NOTEBOOKS))
+def test_spelling_of_house_terms(path):
+    for cell in cells(path, "markdown"):
+        prose = re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)", " ", source(cell), flags=re.S)
+        for wrong, right in TERMS.items():
+            found = re.search(wrong, prose)
+            assert not found, f"{path.name}: write {right}, not {found[0]!r}, in {prose.strip()[:60]!r}"
+        assert not EMOJI.search(prose), f"{path.name}: no emoji, in {prose.strip()[:60]!r}"
+
+
+def test_the_fast_run_of_all_notebooks_is_short():
+    timing = json.loads((ROOT / "data" / "results" / "timing.json").read_text(encoding="utf-8"))
+    known = {path.relative_to(ROOT).as_posix() for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts}
+    assert set(timing["seconds"]) == known, f"run `make timing` again: {sorted(set(timing['seconds']) ^ known)}"
+    assert timing["total_s"] <= 15 * 60 and max(timing["seconds"].values()) <= 90, timing
+
+
 def test_every_module_has_a_notebook():
     modules = {path.stem for path in (ROOT / "ardm_course").glob("[a-z]*.py")}
     orphans = modules - {module_of(path) for path in NOTEBOOKS}
