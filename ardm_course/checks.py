@@ -149,7 +149,7 @@ def difference(
     if not a.numel(): return None
     kind = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
     a, b = a.to(kind), b.to(kind)
-    off = torch.where(a == b, 0.0, (a - b).abs() / (1 + b.abs())).nan_to_num(math.inf, math.inf)
+    off = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs() / (1 + b.abs())).nan_to_num(math.inf, math.inf)
     if off.max() <= tolerance: return None
     where = tuple(int(i) for i in torch.unravel_index(off.argmax(), off.shape))
     place = f" at {list(where)}" if where else ""

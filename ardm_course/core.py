@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/00_setup.ipynb #9977a5bb
 _TORCH_FAMILY = ("torch", "torchaudio", "torchvision", "torchcodec")  # built for one another: exchange one and the others break
 
 

@@ -134,7 +134,8 @@ def write_exercises(
     for path in sorted(Path(folder).glob("[0-9]*.ipynb")):
         if number_of(path) not in shelves(): continue
         old = read_notebook(path)
-        new = with_exercises(old, number_of(path))
+        try: new = with_exercises(old, number_of(path))
+        except CourseError as error: raise CourseError(f"{path.name}: {error}") from error
         if new != old:
             write_notebook(path, new)
             changed.append(path.name)

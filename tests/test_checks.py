@@ -62,7 +62,7 @@ def test_ids_are_in_order():
 
 def test_unknown_ids_say_what_there_is():
     with pytest.raises(CourseError, match="00b.1, 00b.2"): find("00b.9")
-    with pytest.raises(CourseError, match="notebooks 00b"): find("99.1")
+    with pytest.raises(CourseError, match="notebooks 00, 00b"): find("99.1")
 
 
 def test_a_value_instead_of_a_function():
@@ -124,6 +124,7 @@ def test_random_numbers_start_from_the_same_seed():
 def test_difference():
     import torch
     assert difference(torch.ones(2, 2), torch.tensor([[1.0, 1.0], [1.0, 2.0]]), 1e-6) == "got 1, wanted 2 at [1, 1]"
+    assert difference(float("nan"), float("nan"), 0) is None and difference(float("nan"), 1.0, 1.0) == "got nan, wanted 1"
     assert difference(Raised("A", "b"), 1.0, 1e-6) == "got A: b, wanted 1" and difference([torch.ones(1)], [torch.ones(1)], 0) is None
     assert difference([torch.ones(1)], [torch.ones(1), torch.ones(1)], 0) == "got 1 values, wanted 2" and difference(torch.zeros(0), torch.zeros(0), 0) is None
 
