@@ -51,10 +51,9 @@ EXERCISES: dict[str, Exercise] = {}
 
 def register(
     exercise: Exercise,
-) -> Exercise:
+) -> None:
     "Put an exercise into the register under its id."
     EXERCISES[exercise.id] = exercise
-    return exercise
 
 # %% ../nbs/00b_checks.ipynb #b9df35d9
 @cache

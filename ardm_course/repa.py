@@ -274,7 +274,7 @@ def teacher_patches(
 
 # %% ../nbs/16_repa.ipynb #3a71d7ce
 class TimeAlignment(nn.Module):
-    "Unfold a state at 6.25 Hz into the 25 Hz frames of the patch it predicts, and compare directions (MELA, slide 7)."
+    "Unfold a state at 6.25 Hz into the 25 Hz frames of the patch it predicts, and compare directions (MELA, slide 8)."
     def __init__(
         self,
         width: int, # size of a language model state H

@@ -187,7 +187,7 @@ def square_error(student, teacher):
 # %% ../../nbs/exercises/16_repa.ipynb #d05c435c
 register(Exercise(
     id="16.3", title="Directions that agree", difficulty=2, importance=3, minutes=12,
-    task=r"Write the loss of MELA's alignment (slide 7): the mean of $1-\cos$ between student and teacher, one cosine per frame over the feature axis. The teacher is fixed: no gradient may reach it (停止梯度). A teacher vector of zeros means *unknown*: leave such frames out of the sum and of the count. If nothing is known, the loss is 0.",
+    task=r"Write the loss of MELA's alignment (slide 8): the mean of $1-\cos$ between student and teacher, one cosine per frame over the feature axis. The teacher is fixed: no gradient may reach it (停止梯度). A teacher vector of zeros means *unknown*: leave such frames out of the sum and of the count. If nothing is known, the loss is 0.",
     hints=("Detach first; then a mask of known frames serves both the sum and the count.", "((1 - cosine) * known).sum() / known.sum().clamp(min=1), with `F.cosine_similarity(..., dim=-1)`."),
     reference=my_alignment_loss, observe=look_at_my_alignment_loss,
     mistakes=(
