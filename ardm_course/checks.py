@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['EXERCISES', 'COLOURS', 'Mistake', 'Exercise', 'register', 'shelves', 'exercises_of', 'find', 'source_of', 'stub_of',
-           'Raised', 'observations', 'numbers', 'difference', 'show', 'first_difference', 'likely_mistake',
+           'Raised', 'patience', 'observations', 'numbers', 'difference', 'show', 'first_difference', 'likely_mistake',
            'CheckResult', 'check', 'judge', 'remembered', 'remember', 'Progress', 'progress', 'Solution', 'solution',
            'places', 'part', 'takes_the_same', 'use']
 
 # %% ../nbs/00b_checks.ipynb #dd2ea0c1
-import ast, contextlib, html, importlib, inspect, json, math, pkgutil, sys, textwrap, types
+import ast, contextlib, html, importlib, inspect, json, math, pkgutil, signal, sys, textwrap, threading, types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -107,13 +107,31 @@ class Raised:
     def __str__(self) -> str: return f"{self.kind}: {self.message}"
 
 
+@contextlib.contextmanager
+def patience(
+    seconds: float = 20.0,
+) -> Iterator[None]:
+    "Raise TimeoutError in code that takes longer; only in the main thread, and not on Windows."
+    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    def stop(*_): raise TimeoutError(f"no answer after {seconds:g} s: does your loop end?")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+# %% ../nbs/00b_checks.ipynb #0b5e7a11
 def observations(
     exercise: Exercise,
     function: Callable,
+    limit: float = 20.0,  # seconds
 ) -> list[tuple[str, object]]:  # what was tested, and what the function gave
     "Everything the check sees of a function; an error is the last thing seen. A NotImplementedError goes through."
     seen, label = [], "the first call"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), patience(limit):
         torch.manual_seed(0)
         try:
             for label, value in exercise.observe(function): seen.append((label, value))

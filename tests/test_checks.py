@@ -75,6 +75,13 @@ def test_whatever_comes_back_is_answered(function, words):
     assert result.state == "failed" and words in result.failure and result.mistake
 
 
+def test_an_endless_loop_is_stopped():
+    def endless(a, b, tolerance):
+        while True: pass
+    seen = observations(find("00b.1"), endless, limit=0.2)
+    assert len(seen) == 1 and seen[0][1].kind == "TimeoutError" and "does your loop end" in str(seen[0][1])
+
+
 def test_nothing_returned():
     exercise = find("00b.1")
     raw = checks.Exercise(**{**vars(exercise), "observe": lambda close: iter([("one", close(1.0, 1.0, 0.1))])})
