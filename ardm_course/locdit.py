@@ -155,6 +155,7 @@ def sample_patches(
     history: Tensor,  # [S, P, D] previous patches
     guidance: float = 2.0,  # w in u + w (c - u); 1 switches it off and halves the cost
     steps: int = 10,  # sampler steps; the guided and the free half share one network call
+    temperature: float = 1.0,  # standard deviation of the noise to start from; below 1: clearer, with less variety
     generator: torch.Generator | None = None,  # for the starting noise
 ) -> Tensor:  # [S, P, D]
     "Draw one patch per condition: Euler from noise to data on the cosine grid."
@@ -164,5 +165,5 @@ def sample_patches(
     past = net.past(rows) if head.config.history else None
     ready = iter(prepare(net, grid.to(token.device), token))  # Euler asks once per step, in this order
     predict = guided(lambda xt, t: net(xt, next(ready), token, past), guidance)
-    x1 = noise_like(history.float(), generator).to(token)  # one seed, one noise, whatever the precision
+    x1 = temperature * noise_like(history.float(), generator).to(token)  # one seed, one noise, whatever the precision
     return sample(predict, x1, head.path, head.config.target, "euler", grid)

@@ -248,10 +248,11 @@ def my_walk(
     history: Tensor,  # [S, P, D] previous patches
     guidance: float = 2.0,  # w in u + w (c - u)
     steps: int = 10,
+    temperature: float = 1.0,  # standard deviation of the noise to start from
     generator: torch.Generator | None = None,  # for the starting noise
 ) -> Tensor:  # [S, P, D]
     "Draw one patch per condition: guided Euler steps from noise to data."
-    net, grid, xt = head.net, time_grid(steps), noise_like(history, generator)
+    net, grid, xt = head.net, time_grid(steps), temperature * noise_like(history, generator)
     token, past = net.cond(cond), net.past(history) if head.config.history else None
 
     def velocity(t, told):  # told [S, W]: the condition token, or null
@@ -278,6 +279,7 @@ def look_at_walk(my_walk: Callable) -> Iterator[tuple[str, object]]:
     yield "ten steps without guidance", my_walk(small_head(True), cond, past, guidance=1.0, generator=seed())
     yield "no condition at all: guidance 0", my_walk(small_head(True), cond, past, guidance=0.0, steps=4, generator=seed())
     yield "guidance 2", my_walk(small_head(True), cond, past, steps=4, generator=seed())
+    yield "temperature 0.5", my_walk(small_head(True), cond, past, steps=4, temperature=0.5, generator=seed())
     yield "one patch", my_walk(small_head(True), cond[:1], past[:1], guidance=3.0, steps=5, generator=seed())
     yield "a head without history", my_walk(small_head(False), cond, past, steps=4, generator=seed())
 
@@ -287,13 +289,14 @@ def lost(
     ask: Callable = lambda now, then: now,
     step: Callable = lambda now, then: then - now,
     grid: Callable = time_grid,
+    heat: Callable = lambda temperature: temperature,
     half_told: bool = False,  # the modulations of the free half still hear the condition
     forgets: bool = False,  # the free half does not see the history
 ) -> Callable:
     "A walk with one thing wrong."
     @torch.no_grad()
-    def walk(head, cond, history, guidance=2.0, steps=10, generator=None):
-        net, token, xt, times = head.net, head.net.cond(cond), noise_like(history, generator), grid(steps)
+    def walk(head, cond, history, guidance=2.0, steps=10, temperature=1.0, generator=None):
+        net, token, xt, times = head.net, head.net.cond(cond), heat(temperature) * noise_like(history, generator), grid(steps)
         null, past = net.null.expand_as(token), (net.past(history), net.past(0 * history)) if head.config.history else (None, None)
         for now, then in zip(times, times[1:]):
             t = ask(now, then).expand(len(xt))
@@ -305,7 +308,7 @@ def lost(
 # %% ../../nbs/exercises/10_locdit.ipynb #e78c4e97
 register(Exercise(
     id="10.6", title="The whole walk", difficulty=3, importance=3, minutes=30,
-    task="Write `sample_patches` yourself, plainly: two calls of the network per step, no tricks. Start from `noise_like(history, generator)` and walk along `time_grid(steps)` with Euler steps; the head predicts velocities. Ask it once with its condition token `net.cond(cond)` (*c*) and once with `net.null` (*u*), both with the history, and go along $u + w(c - u)$. The token is told twice: to `modulations(net, t, token)`, and to `net(xt, modulations, token, past)`, where `past` is `net.past(history)`, or None if `head.config.history` is false.",
+    task="Write `sample_patches` yourself, plainly: two calls of the network per step, no tricks. Start from `noise_like(history, generator)` times the temperature and walk along `time_grid(steps)` with Euler steps; the head predicts velocities. Ask it once with its condition token `net.cond(cond)` (*c*) and once with `net.null` (*u*), both with the history, and go along $u + w(c - u)$. The token is told twice: to `modulations(net, t, token)`, and to `net(xt, modulations, token, past)`, where `past` is `net.past(history)`, or None if `head.config.history` is false.",
     hints=("A small inner function that gives the velocity for a time and a token makes the loop two lines long. Times have shape [S]: `t.expand(S)`.", "`for now, then in zip(grid, grid[1:])`: both velocities at `now`, then `xt = xt + (then - now) * guided`; `net.null.expand_as(token)` is the free token."),
     reference=my_walk, observe=look_at_walk, tolerance=1e-4,
     mistakes=(
@@ -316,6 +319,7 @@ register(Exercise(
         Mistake("You ask for the velocity at the end of the step: Euler asks at its beginning.", lost(ask=lambda now, then: then)),
         Mistake("Your steps are equally long: take the times from time_grid.", lost(grid=lambda steps: torch.linspace(1, 0, steps + 1))),
         Mistake("The free half still hears the condition through its modulations: give them the null token as well.", lost(half_told=True)),
+        Mistake("You start from noise of standard deviation 1 whatever the temperature: multiply.", lost(heat=lambda temperature: 1.0)),
         Mistake("You hide the history from the free half: guidance here hides the condition only.", lost(forgets=True))),
     listen="""
 from ardm_course.text import has_g2p
