@@ -197,7 +197,7 @@ class Drawn:
     "One generated patch."
     patch: Tensor  # [P, D]
     stop: float  # probability that it is the last
-    reason: str | None = None  # why the generation ends after it: "stop head", "length limit" or "silence"; None: it goes on
+    reason: str | None = None  # why the generation ends after it: "stop head" or "length limit"; None: it goes on
 
 # %% ../nbs/11_ardm.ipynb #eb190a52
 @torch.no_grad()

@@ -128,7 +128,7 @@ def run_speak(args: argparse.Namespace) -> None:
     from ardm_course.tts import TTS
     text = sys.stdin.read() if args.text == "-" else args.text
     tts = TTS.from_pretrained(args.checkpoint)
-    speech = tts(text, voice=args.voice, steps=args.steps, guidance=args.guidance, seed=args.seed, threshold=args.threshold)
+    speech = tts(text, voice=args.voice, steps=args.steps, guidance=args.guidance, temperature=args.temperature, seed=args.seed, threshold=args.threshold)
     speech.save(args.out)
     timings = speech.timings
     print(f"{args.out}: {timings['audio_s']:.2f} s of speech in {timings['total_s']:.2f} s "
@@ -203,7 +203,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from ardm_course.evaluation import real_time_factor, stop_reasons
     from ardm_course.report import environment, write_json
     from ardm_course.tts import TTS
-    options = {"voice": args.voice, "guidance": args.guidance, "steps": args.steps, "threshold": args.threshold}
+    options = {"voice": args.voice, "guidance": args.guidance, "steps": args.steps, "temperature": args.temperature, "threshold": args.threshold}
     tts, (real, origin) = TTS.from_pretrained(args.name), sentences(args)
     if not real:
         raise CourseError("There is no sentence to speak. Give a file with one sentence a line.")
@@ -383,6 +383,7 @@ def speaking_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--voice", help="one of the checkpoint's voices (default: its first)")
     parser.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=2.0, help="w in u + w (c - u); 1 is none and twice as fast (default: %(default)s)")
+    parser.add_argument("--temperature", type=at_least(float, 0), default=0.5, help="of the noise a patch starts from; 1 is what training saw, less is clearer (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=0.5, help="stop when the stop head is surer than this (default: %(default)s)")
 
 # %% ../nbs/appendix/cli.ipynb #bd099d5a

@@ -181,13 +181,14 @@ def draw(
     voice: str | None = None,  # one of the checkpoint's voices; None: its first
     guidance: float = 2.0,  # w in u + w (c - u)
     steps: int = 10,  # sampler steps per patch
+    temperature: float = 0.5,  # of the noise that every patch starts from; 1 is what training saw, less is clearer and more even
     seed: int = 0,  # same seed, same speech
     threshold: float = 0.5,  # stop when the stop head says more than this
 ) -> Iterator[Drawn]:
     "Draw the patches of one piece of text."
     tokens, generator = torch.tensor(tts.tokenizer.encode(text)), torch.Generator().manual_seed(seed)
     return generate(tts.model, tokens, voice_id(tts.model.config, voice), guidance=guidance, steps=steps,
-                    generator=generator, threshold=threshold)
+                    temperature=temperature, generator=generator, threshold=threshold)
 
 # %% ../nbs/11b_tts.ipynb #08d08cee
 def say(
