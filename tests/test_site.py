@@ -198,3 +198,8 @@ def test_installed_package_has_no_notebooks(tmp_path, monkeypatch):
 def test_bad_formula(latex):
     with pytest.raises(CourseError, match="plainer LaTeX"):
         site.markdown_to_html(f"Here: ${latex}$.")
+
+
+def test_solutions_are_folded(pages):
+    folded = pages["11b_tts.html"].select("details.solution")
+    assert len(folded) == 5 and all(fold.summary.string == "Solution" and "def " in fold.get_text() for fold in folded)
