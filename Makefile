@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env run test check lab notebooks readme exercises editions docs slides clean-env
+.PHONY: help env run test check lab docs slides bench exercises editions timing notebooks readme clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,6 +32,11 @@ check: env  ## what CI asks of a commit: exporting and cleaning the notebooks ch
 
 lab: env  ## open the course in JupyterLab (ARGS="--allow-root --no-browser" in a container)
 	$(BIN)/jupyter lab --notebook-dir=nbs $(ARGS)
+
+bench: env  ## speed of training and of generation, written to build/bench-*.json
+	mkdir -p build
+	$(BIN)/ardm-course bench train --json build/bench-train.json
+	$(BIN)/ardm-course bench generate --json build/bench-generate.json
 
 exercises: env  ## write the answer sheets' exercises into the notebooks
 	$(BIN)/python -c "from ardm_course.editions import write_exercises; print(write_exercises())"
