@@ -363,7 +363,7 @@ A checkpoint of ardm_course, trained by `ardm-course train {name}` ({steps} step
 - Corpus: `{corpus}`, built by `ardm-course data build {corpus}` from public-domain texts.
 - Speed of training: {audio_s_per_s:.0f} s of speech per second.
 - Last validation: flow loss {valid_flow:.4f}, stop loss {valid_stop:.4f}.
-- Licence: Apache-2.0. Use it for learning; it says what you type in a voice that belongs to nobody.
+{note}- Licence: Apache-2.0. Use it for learning; it says what you type in a voice that belongs to nobody.
 - SHA-256 of model.safetensors: {sha256}
 
 What it reaches on unseen sentences is in `data/results/{name}.json`, written by `ardm-course evaluate {name}`.
@@ -373,6 +373,7 @@ What it reaches on unseen sentences is in `data/results/{name}.json`, written by
 def release(
     name: str,  # of a recipe
     folder: str | Path,  # of its finished run
+    note: str = "",  # a sentence for the card, if the run was not the plain command
 ) -> Path:  # data/checkpoints/NAME
     "Put a trained model with its log and its card among the released checkpoints."
     folder, target = Path(folder), data_dir() / "checkpoints" / name
@@ -382,7 +383,7 @@ def release(
     digest = hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
     card = CARD.format(name=name, steps=summary["steps"], hours=summary["train_s"] / 3600, device=pick_device(), seed=chosen.training.seed, corpus=chosen.corpus,
                        parameters=human(count_parameters(load_model(target))), kind=chosen.model.text.kind, audio_s_per_s=summary["audio_s_per_s"],
-                       valid_flow=last["valid_flow"], valid_stop=last["valid_stop"], sha256=digest)
+                       valid_flow=last["valid_flow"], valid_stop=last["valid_stop"], sha256=digest, note=note and f"- {note}\n")
     with atomic_write(target / "README.md") as draft: draft.write_text(card, encoding="utf-8")
     kept = [row for row in history if "valid_flow" in row or row["step"] % 100 == 0]
     with atomic_write(target / "log.jsonl") as draft: draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
