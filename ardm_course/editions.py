@@ -72,8 +72,8 @@ def write_notebook(
     path: Path,
     notebook: dict,
 ) -> None:
-    "Write a notebook as nbdev does: one space of indentation, readable Chinese."
-    with atomic_write(path) as draft: draft.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    "Write a notebook as nbdev does: sorted keys, one space of indentation, readable Chinese."
+    with atomic_write(path) as draft: draft.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def text(
