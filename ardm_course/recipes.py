@@ -6,8 +6,8 @@
 __all__ = ['PHRASES', 'RECIPES', 'Teach', 'RELEASED_SENTENCES', 'CARD', 'Recipe', 'toy_shape', 'recipe', 'corpus_source',
            'open_split', 'first_rows', 'some_speech', 'states_teacher', 'train_recogniser', 'phone_teacher',
            'phones_of', 'find_teacher', 'Prepared', 'prepare', 'measured_rate', 'validation', 'make_model', 'train',
-           'training_summary', 'Spoken', 'held_out', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'release',
-           'compare_recipes']
+           'training_summary', 'Spoken', 'held_out', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached',
+           'release', 'compare_recipes']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
 import hashlib
@@ -366,8 +366,20 @@ A checkpoint of ardm_course, trained by `ardm-course train {name}` ({steps} step
 {note}- Licence: Apache-2.0. Use it for learning; it says what you type in a voice that belongs to nobody.
 - SHA-256 of model.safetensors: {sha256}
 
-What it reaches on unseen sentences is in `data/results/{name}.json`, written by `ardm-course evaluate {name}`.
+What it reaches: {reached} (`data/results/{name}.json`, written by `ardm-course evaluate {name}`).
 """
+
+
+def reached(
+    name: str,  # of a checkpoint
+) -> str:
+    "What the stored evaluation of a checkpoint says, in one sentence."
+    file = data_dir() / "results" / f"{name}.json"
+    if not file.exists(): return "not measured yet"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    said, through = rows["generated"], rows["resynthesised"]
+    return (f"on {said['n']} spoken unseen sentences {said['wer_moonshine']:.1%} word errors by Moonshine and {said['wer_whisper']:.1%} by Whisper, "
+            f"real speech through the codec {through['wer_moonshine']:.1%} and {through['wer_whisper']:.1%}")
 
 # %% ../nbs/21_libritts.ipynb #59f61811
 def release(
@@ -383,7 +395,7 @@ def release(
     digest = hashlib.sha256((target / "model.safetensors").read_bytes()).hexdigest()
     card = CARD.format(name=name, steps=summary["steps"], hours=summary["train_s"] / 3600, device=pick_device(), seed=chosen.training.seed, corpus=chosen.corpus,
                        parameters=human(count_parameters(load_model(target))), kind=chosen.model.text.kind, audio_s_per_s=summary["audio_s_per_s"],
-                       valid_flow=last["valid_flow"], valid_stop=last["valid_stop"], sha256=digest, note=note and f"- {note}\n")
+                       valid_flow=last["valid_flow"], valid_stop=last["valid_stop"], sha256=digest, reached=reached(name), note=note and f"- {note}\n")
     with atomic_write(target / "README.md") as draft: draft.write_text(card, encoding="utf-8")
     kept = [row for row in history if "valid_flow" in row or row["step"] % 100 == 0]
     with atomic_write(target / "log.jsonl") as draft: draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
