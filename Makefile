@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help env run test check lab docs slides bench exercises editions timing notebooks readme clean-env
+.PHONY: help env run test check lab docs slides bench codecs exercises editions timing notebooks readme clean-env
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,8 @@ $(VENV)/.ready: settings.ini setup.py constraints.txt requirements-no-deps.txt
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) torch
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable '.[data,eval,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-no-deps.txt
+	@$(BIN)/python -m pip install --quiet pesq==0.0.4 >/dev/null 2>&1 || \
+		echo "The package pesq could not be compiled (it needs a C compiler and Python's headers). PESQ will be 'not measured'; everything else works."
 	touch $@
 
 run: env  ## the main job: train, speak, evaluate, report (TEXT="..." adds a sentence, TIER=small uses LibriTTS)
@@ -37,6 +39,12 @@ bench: env  ## speed of training and of generation, written to build/bench-*.jso
 	mkdir -p build
 	$(BIN)/ardm-course bench train --json build/bench-train.json
 	$(BIN)/ardm-course bench generate --json build/bench-generate.json
+
+codecs: env  ## judge the released codecs on voices they know, voices they do not, and real people; written to data/results/codecs-*.json
+	$(BIN)/ardm-course resynthesise stories --speakers 4001 4002 4003 4004 4006 4007 --out build/codecs/trained --json data/results/codecs-trained.json
+	$(BIN)/ardm-course resynthesise stories --split train --speakers 3004 3008 4005 --limit 24 --out build/codecs/held-out --json data/results/codecs-held-out.json
+	$(BIN)/ardm-course resynthesise real --limit 24 --out build/codecs/real --json data/results/codecs-real.json
+	$(BIN)/ardm-course resynthesise librivox --codec griffin-lim --codec vocoder --codec wavevae --noise 0.1 0.2 0.3 0.5 --out build/codecs/librivox --json data/results/codecs-librivox.json
 
 exercises: env  ## write the answer sheets' exercises into the notebooks
 	$(BIN)/python -c "from ardm_course.editions import write_exercises; print(write_exercises())"

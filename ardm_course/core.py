@@ -175,12 +175,12 @@ def show_figure(
     figure, # a matplotlib Figure
     alt: str, # one line for readers who cannot see the picture
 ) -> None:
-    "Show a figure with its alternative text, as a PNG of 256 colours: the same on screen in a fraction of the bytes."
+    "Show a figure with its alternative text, as a PNG of 64 colours: the same on screen in a fraction of the bytes."
     from PIL import Image
     figure.set_dpi(_page.get().dpi)
     figure.canvas.draw()
     pixels, buffer = np.asarray(figure.canvas.buffer_rgba())[..., :3], io.BytesIO()
-    Image.fromarray(pixels).quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
+    Image.fromarray(pixels).quantize(64, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
     _publish({"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": f"Figure: {alt}"}, {"image/png": {"alt": alt}})
 
 
@@ -461,7 +461,7 @@ def _encode(wav: np.ndarray, rate: int) -> tuple[str, bytes]:
     import soundfile
     buffer = io.BytesIO()
     if rate in _MP3_RATES and "MP3" in soundfile.available_formats():
-        soundfile.write(buffer, wav, rate, format="MP3", compression_level=0.0, bitrate_mode="VARIABLE")
+        soundfile.write(buffer, wav, rate, format="MP3", compression_level=0.5, bitrate_mode="VARIABLE")
         return "audio/mpeg", buffer.getvalue()
     soundfile.write(buffer, wav, rate, format="WAV", subtype="PCM_16")
     return "audio/wav", buffer.getvalue()
@@ -480,20 +480,20 @@ def compare(
     sounds: dict[str, Tensor], # caption: wav [T]; say in the caption what to listen for
     rate: int, # Hz
 ) -> None:
-    "Players side by side, with one common gain that keeps the loudest peak at or below 0.95."
+    "Players side by side, with one common gain that keeps the loudest peak at or below 0.85: MP3 may add a little."
     waves = {caption: _array(wav).squeeze() for caption, wav in sounds.items()}
     for caption, wav in waves.items():
         if wav.ndim != 1 or not wav.size or not np.isfinite(wav).all():
             raise CourseError(f"{caption!r} cannot be played: its shape is {wav.shape}, or it has values that are not finite. "
                               "Give mono samples of shape [T] without NaN.")
-    gain = 0.95 / max(0.95, *(np.abs(wav).max() for wav in waves.values()))
+    gain = 0.85 / max(0.85, *(np.abs(wav).max() for wav in waves.values()))
     players = "".join(_player(gain * wav, rate, caption) for caption, wav in waves.items())
     _publish({"text/html": f'<div style="display:flex;flex-wrap:wrap;gap:1.2em">{players}</div>',
               "text/plain": "Sounds: " + "; ".join(waves)})
 
 
 def play(
-    wav: Tensor, # [T] samples; a copy louder than 0.95 is turned down to it
+    wav: Tensor, # [T] samples; a copy louder than 0.85 is turned down to it, for MP3 may add a little
     rate: int, # Hz
     caption: str | None = None, # what to listen for
 ) -> None:
@@ -637,6 +637,8 @@ _OPTIONAL = {  # name: (packages, what for, how to get them without touching tor
     "resemblyzer": ("resemblyzer", "speaker similarity in 12_evaluation",
                     "pip install --no-deps resemblyzer"),
     "distillmos": ("distillmos xls-r-sqa", "predicted quality in 12_evaluation", "pip install --no-deps distillmos xls-r-sqa==0.1.0"),
+    "stoi": ("pystoi scipy", "intelligibility beside the original in 12_evaluation", "pip install pystoi"),
+    "pesq": ("pesq", "quality beside the original in 12_evaluation", "pip install pesq (it compiles C, so it needs a compiler)"),
 }
 
 # %% ../nbs/00_setup.ipynb #08fe81c7

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .flow import PATHS, flow_loss, noise_like, sample_times
-from .sampling import guided, sample, time_grid
+from .sampling import guided, sample, time_grid, zero_star_steps
 from .transformer import Attention, RMSNorm, SwiGLU, TransformerConfig, rope_table
 
 # %% ../nbs/10_locdit.ipynb #ae324310
@@ -39,9 +39,10 @@ class HeadConfig:
 def time_features(
     t: Tensor,  # [S] in 0..1
     dim: int = 256,  # half of it cosines, half sines
+    base: float = 10000.0,  # between the fastest frequency and the one after the slowest
 ) -> Tensor:  # [S, dim]
     "Sines and cosines of the time at dim/2 frequencies."
-    frequency = torch.exp(-math.log(10000.0) / (dim // 2) * torch.arange(dim // 2, device=t.device))
+    frequency = torch.exp(-math.log(base) / (dim // 2) * torch.arange(dim // 2, device=t.device))
     angle = 1000 * t[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
 
@@ -92,11 +93,12 @@ class LocDiT(nn.Module):
         cond: Tensor,  # [S, W] condition token
         past: Tensor | None,  # [S, P, W] embedded previous patch; None without history
     ) -> Tensor:  # [S, P, D] prediction
-        parts = [cond[:, None], self.noisy(xt)] if past is None else [cond[:, None], past, self.noisy(xt)]
-        x = torch.cat(parts, 1) + self.position  # [S, 1 + P (+ P), W]
+        x = torch.cat([cond[:, None], *([] if past is None else [past]), self.noisy(xt)], 1) + self.position  # [S, 1 + P (+ P), W]
         for block, modulation in zip(self.blocks, modulations):
             x = block(x, modulation, (self.cos, self.sin))
         return self.out(self.norm(x[:, -self.config.patch:]))
+
+    def modulations(self, t: Tensor, cond: Tensor) -> list[Tensor]: return modulations(self, t, cond)
 
 # %% ../nbs/10_locdit.ipynb #056bbc4a
 def modulations(
@@ -129,7 +131,7 @@ class FlowHead(nn.Module):
         past = net.past(history) if config.history else None
         if times is None:
             times = sample_times(len(x0), mean=config.time_mean, std=config.time_std, device=x0.device)
-        predict = lambda xt, t: net(xt, modulations(net, t, token), token, past)
+        predict = lambda xt, t: net(xt, net.modulations(t, token), token, past)
         return flow_loss(predict, x0, self.path, config.target, times=times)
 
     def sample(self, cond: Tensor, history: Tensor, **options) -> Tensor:
@@ -144,7 +146,7 @@ def prepare(
 ) -> list[tuple[Tensor, ...]]:  # for each step its modulations, per block [S, 1, 6 W]
     "Modulations of every step in one go: one large matrix product per block instead of one small one per step."
     times, S = grid[:-1], len(cond)
-    stacked = modulations(net, times.repeat_interleave(S), cond.repeat(len(times), 1))  # per block [steps * S, 1, 6 W]
+    stacked = net.modulations(times.repeat_interleave(S), cond.repeat(len(times), 1))  # per block [steps * S, 1, 6 W]
     return list(zip(*(m.view(len(times), S, 1, -1) for m in stacked)))
 
 # %% ../nbs/10_locdit.ipynb #c072d8ae
@@ -157,13 +159,15 @@ def sample_patches(
     steps: int = 10,  # sampler steps; the guided and the free half share one network call
     temperature: float = 1.0,  # standard deviation of the noise to start from; below 1: clearer, with less variety
     generator: torch.Generator | None = None,  # for the starting noise
+    grid: str = "cosine",  # a kind of `time_grid`
+    zero_star: bool = False,  # VoxCPM's CFG-Zero*: fit the free half to the guided one, and leave the first steps out
 ) -> Tensor:  # [S, P, D]
-    "Draw one patch per condition: Euler from noise to data on the cosine grid."
-    net, grid, token, rows = head.net, time_grid(steps), head.net.cond(cond), history
+    "Draw one patch per condition: Euler from noise to data."
+    net, times, token, rows = head.net, time_grid(steps, grid)[zero_star_steps(steps) if zero_star else 0:], head.net.cond(cond), history
     if guidance != 1:
         token, rows = torch.cat([token, net.null.expand(len(cond), -1)]), torch.cat([history, history])
     past = net.past(rows) if head.config.history else None
-    ready = iter(prepare(net, grid.to(token.device), token))  # Euler asks once per step, in this order
-    predict = guided(lambda xt, t: net(xt, next(ready), token, past), guidance)
+    ready = iter(prepare(net, times.to(token.device), token))  # Euler asks once per step, in this order
+    predict = guided(lambda xt, t: net(xt, next(ready), token, past), guidance, zero_star)
     x1 = temperature * noise_like(history.float(), generator).to(token)  # one seed, one noise, whatever the precision
-    return sample(predict, x1, head.path, head.config.target, "euler", grid)
+    return sample(predict, x1, head.path, head.config.target, "euler", times)

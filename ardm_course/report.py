@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .ardm import ARDM, Utterance, fold
+from .ardm import ARDM, Utterance, embed, fold
 from .audio import LogMel, MelConfig, resample, save_audio
 from .core import CourseError, _encode, atomic_write, house_style, show_curves, show_image
 from .evaluation import Sample, available, transcript_normaliser
@@ -60,6 +60,7 @@ def peak_memory_mb() -> float | None: # 10**6 bytes; None where the system does 
 KINDS = { # the rows of a report, and what they are
     "real": "the recording itself: what the recognisers get wrong here is their own fault",
     "resynthesised": "the recording turned into latents and back: the best that a model of these latents can reach",
+    "griffin-lim": "the same latents with the vocoder that learned nothing",
     "generated": "the model of this run",
     "released": "the checkpoint that is shipped with the course",
 }
@@ -270,8 +271,8 @@ def attention_maps(
     config, backbone = model.config, model.backbone.config
     batch = fold([Utterance(tokens, patches, speaker)], config=config)
     text = Layout.offline(len(tokens), len(patches), speaker=bool(config.speakers)).where(Slot.TEXT)
-    x = model.embed(batch.tokens, batch.speakers, batch.patches, batch.gather)
-    rope, maps = rope_table(batch.positions, backbone.width // backbone.heads, backbone.rope_base), []
+    x, _ = embed(model, batch.tokens, batch.speakers, batch.patches, batch.gather)
+    rope, maps = rope_table(batch.positions, backbone.width // backbone.heads, backbone.rope_base, backbone.rope_factors), []
     for block in model.backbone.blocks:
         maps.append(attention_weights(block, x, rope)[:, batch.state][..., text])
         x = block(x, rope)
@@ -363,9 +364,9 @@ def spectrogram_png(
 
 
 def sound_player(take: Take, label: str) -> Markup:
-    "An audio element with the sound inside it; a sound louder than 0.95 is turned down."
+    "An audio element with the sound inside it; a sound louder than 0.85 is turned down, for MP3 may add a little."
     wav = take.wav.detach().float().cpu()
-    wav = wav * (0.95 / max(0.95, wav.abs().max().item()))
+    wav = wav * (0.85 / max(0.85, wav.abs().max().item()))
     return tag("audio", src=data_uri(*_encode(wav.numpy(), take.sample_rate)), controls="", preload="metadata", aria_label=label)
 
 # %% ../nbs/12b_report.ipynb #62019ec0

@@ -69,6 +69,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0 # longest gradient; math.inf for no limit
     ema: float = 0.999 # decay of the averaged weights
+    bfloat16: bool = False # matrix products in bfloat16, on a processor that is made for it; a GPU always uses them
     seed: int = 0
     log_every: int = 10
     validate_every: int = 500
@@ -537,7 +538,7 @@ def make_accelerator(log_with: Any, # name of a tracker, or None
     "An accelerate.Accelerator for the fastest device here. Raises CourseError if the tracker is not installed."
     from accelerate import Accelerator, DistributedDataParallelKwargs
     kind = pick_device().type
-    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="bf16" if kind == "cuda" else "no", log_with=log_with,
+    accelerator = Accelerator(cpu=kind == "cpu", mixed_precision="bf16" if kind == "cuda" or config.bfloat16 else "no", log_with=log_with,
                               project_dir=folder, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
     if log_with is not None and not accelerator.log_with:
         raise CourseError(f"The tracker {log_with!r} is not installed. Install its package, or train without log_with.")

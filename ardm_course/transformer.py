@@ -29,6 +29,8 @@ class TransformerConfig:
     rope_base: float = 10000.0 # wavelength base of the rotary positions
     norm_eps: float = 1e-6 # added to the mean square before the root
     bias: bool = False # Qwen2 has a bias on queries, keys and values
+    causal: bool = True # False: every token sees every token, for what is there as a whole
+    rope_factors: tuple[float, ...] = () # LongRoPE: every wavelength is so many times longer; empty: 1
 
 # %% ../nbs/09_transformer.ipynb #61aa3e1b
 class RMSNorm(nn.Module):
@@ -48,9 +50,12 @@ def rope_table(
     positions: Tensor, # [T] or [B, T]; they need not be whole numbers
     head_dim: int, # size of one head, even
     base: float = 10000.0, # wavelength base
+    factors: tuple[float, ...] = (), # head_dim/2 stretches of the wavelengths (LongRoPE, Ding et al. 2024); empty: none
 ) -> tuple[Tensor, Tensor]: # cosines and sines, each [T, head_dim/2] or [B, 1, T, head_dim/2]
     "Angles of the rotary position embedding (Su et al. 2021, eq. 15)."
     frequency = base ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim)
+    if factors:
+        frequency = frequency / torch.tensor(factors, device=positions.device)
     angle = positions[..., None] * frequency
     if positions.dim() == 2:
         angle = angle[:, None] # one row of angles for all heads
@@ -108,7 +113,7 @@ class Attention(nn.Module):
         layer: int = 0, # this block's place in the cache
     ) -> Tensor: # [B, T, D]
         B, T, _ = x.shape
-        heads = self.qkv(x).view(B, T, -1, self.size).transpose(1, 2) # [B, heads + 2 groups, T, size]
+        heads = self.qkv(x).view(B, T, self.heads + 2 * self.groups, self.size).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.groups, self.groups], 1)
         q, k, mask = apply_rope(q, *rope), apply_rope(k, *rope), None
         if cache is not None:
@@ -117,7 +122,7 @@ class Attention(nn.Module):
                 mask = torch.ones(T, k.shape[2], dtype=torch.bool, device=x.device).tril(k.shape[2] - T)
             causal = False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=self.groups != self.heads)
-        return self.out(y.transpose(1, 2).reshape(B, T, -1)) # [B, T, D]
+        return self.out(y.transpose(1, 2).flatten(2)) # [B, T, D]
 
 # %% ../nbs/09_transformer.ipynb #d15cefa0
 class SwiGLU(nn.Module):
@@ -140,19 +145,21 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = RMSNorm(config.width, config.norm_eps), Attention(config)
         self.feed_forward_norm, self.feed_forward = RMSNorm(config.width, config.norm_eps), SwiGLU(config.width, config.hidden)
+        self.causal = config.causal
 
     def forward(self,
         x: Tensor, # [B, T, D]
         rope: tuple[Tensor, Tensor], # angles of the T positions
         cache: KVCache | None = None, # of the whole transformer
         layer: int = 0, # this block's place in it
+        keep: int = 0, # only the last so many tokens are wanted; 0: all
     ) -> Tensor: # [B, T, D]
-        x = x + self.attention(self.attention_norm(x), rope, True, cache, layer)
+        x = (x + self.attention(self.attention_norm(x), rope, self.causal, cache, layer))[:, -keep:]
         return x + self.feed_forward(self.feed_forward_norm(x))
 
 # %% ../nbs/09_transformer.ipynb #bdf076df
 class Transformer(nn.Module):
-    "Causal transformer from embeddings to states; it neither embeds tokens nor predicts them."
+    "Transformer, causal unless its config says otherwise, from embeddings to states; it neither embeds tokens nor predicts them."
     def __init__(self, config: TransformerConfig):
         super().__init__()
         self.config = config
@@ -163,16 +170,17 @@ class Transformer(nn.Module):
         x: Tensor, # [B, T, D] embedded tokens
         positions: Tensor | None = None, # [T] or [B, T] rotary positions; None: counted on from the cache
         cache: KVCache | None = None, # tokens before x; x is appended
+        keep: int = 0, # only the last so many states are wanted, and computed to the end; 0: all
     ) -> Tensor: # [B, T, D]
-        "States of x, each computed from itself and what stands before it."
-        start = cache.length if cache is not None else 0
+        "States of x; in a causal one each is computed from itself and what stands before it."
+        start, length = cache.length if cache is not None else 0, x.shape[1]
         if positions is None:
-            positions = torch.arange(start, start + x.shape[1], device=x.device)
-        rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base)
+            positions = torch.arange(start, start + length, device=x.device)
+        rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base, self.config.rope_factors)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, cache, layer)
+            x = block(x, rope, cache, layer, keep if layer + 1 == len(self.blocks) else 0)
         if cache is not None:
-            cache.length = start + x.shape[1]
+            cache.length = start + length
         return self.norm(x)
 
 # %% ../nbs/09_transformer.ipynb #73904d77
@@ -194,15 +202,14 @@ def sample_token(
 # %% ../nbs/09_transformer.ipynb #5964610b
 def qwen2_block(
     weights: dict[str, Tensor], # of the whole checkpoint
-    layer: int, # number of the block
+    at: str, # where the block's names begin, such as "model.layers.0."
+    bias: bool = True, # Qwen2 has one on queries, keys and values; MiniCPM has not
 ) -> dict[str, Tensor]: # our names
     "One block's weights, with queries, keys and values fused, and gate and up fused."
-    at = f"model.layers.{layer}."
-    join = lambda kind, names: torch.cat([weights[f"{at}{kind}.{name}_proj.weight"] for name in names])
-    return {
+    join = lambda kind, names, what="weight": torch.cat([weights[f"{at}{kind}.{name}_proj.{what}"] for name in names])
+    return ({"attention.qkv.bias": join("self_attn", "qkv", "bias")} if bias else {}) | {
         "attention_norm.weight": weights[f"{at}input_layernorm.weight"],
         "attention.qkv.weight": join("self_attn", "qkv"),
-        "attention.qkv.bias": torch.cat([weights[f"{at}self_attn.{name}_proj.bias"] for name in "qkv"]),
         "attention.out.weight": weights[f"{at}self_attn.o_proj.weight"],
         "feed_forward_norm.weight": weights[f"{at}post_attention_layernorm.weight"],
         "feed_forward.gate_up.weight": join("mlp", ("gate", "up")),
@@ -232,7 +239,7 @@ def load_qwen2(
     weights = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     try:
         for layer, block in enumerate(model.blocks):
-            block.load_state_dict(qwen2_block(weights, layer))
+            block.load_state_dict(qwen2_block(weights, f"model.layers.{layer}."))
         model.norm.load_state_dict({"weight": weights["model.norm.weight"]})
         return model.eval(), weights["model.embed_tokens.weight"]
     except (KeyError, RuntimeError) as error:

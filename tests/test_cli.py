@@ -7,10 +7,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import soundfile
 import torch
 
 from ardm_course import cli, recipes
 from ardm_course.ardm import ARDM, ARDMConfig, generate
+from ardm_course.audio import load_audio
 from ardm_course.corpus import load_corpus
 from ardm_course.data_build import write_rows
 from ardm_course.locdit import HeadConfig
@@ -62,7 +64,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("words", [[], ["doctor"], ["data"], ["data", "build"], ["data", "check"], ["data", "info"], ["train"], ["speak"],
-                                   ["evaluate"], ["bench"], ["bench", "train"], ["bench", "generate"]])
+                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"]])
 def test_every_command_has_a_help_text(words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*words, "--help"])
@@ -71,7 +73,7 @@ def test_every_command_has_a_help_text(words, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["sing"], ["data"], ["speak", "Hello."], ["train", "toy", "--steps", "0"], ["bench", "generate", "--repeats", "x"],
-                                   ["evaluate", "a", "--sentences", "b", "--corpus", "c"]])
+                                   ["evaluate", "a", "--sentences", "b", "--corpus", "c"], ["resynthesise", "a"], ["resynthesise", "a", "--out", "b", "--limit", "0"]])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(words)
@@ -80,7 +82,9 @@ def test_wrong_words_are_refused(words, capsys):
 
 @pytest.mark.parametrize("words", [["speak", "Hello.", "--checkpoint", "absent", "--out", "a.wav"], ["train", "absent"], ["data", "info", "absent"],
                                    ["data", "build", "absent"], ["bench", "train", "absent"], ["bench", "generate", "absent"],
-                                   ["evaluate", "absent"]])
+                                   ["evaluate", "absent"], ["resynthesise", "absent", "--codec", "griffin-lim", "--out", "out"],
+                                   ["resynthesise", "absent.wav", "--codec", "griffin-lim", "--out", "out"],
+                                   ["resynthesise", "librivox", "--codec", "absent", "--out", "out"]])
 def test_errors_are_one_line(words, capsys):
     assert cli.main(words) == 2
     error = capsys.readouterr().err
@@ -207,7 +211,7 @@ def test_evaluate_a_corpus(tiny, corpus, judges, tmp_path, capsys):
     pytest.importorskip("jiwer")
     assert cli.main(["evaluate", tiny, "--corpus", corpus, "--split", "train", "--limit", "3", "--seeds", "2", "--steps", "2", "--json", "e.json"]) == 0
     data = checked(tmp_path / "e.json")
-    assert {kind: row["n"] for kind, row in data["rows"].items()} == {"real": 3, "resynthesised": 3, "generated": 6, "released": 0}
+    assert {kind: row["n"] for kind, row in data["rows"].items()} == {"real": 3, "resynthesised": 3, "griffin-lim": 0, "generated": 6, "released": 0}
     assert [row["n"] for row in data["seeds"]] == [3, 3] and [sample["seed"] for sample in data["samples"]] == [0, 0, 0, 1, 1, 1]
     assert 0 < data["rows"]["generated"]["wer_moonshine"] < 1 and data["rows"]["generated"]["wer_whisper"] is None
     assert data["stop_reasons"] == {"stop head": 6} and data["real_is"].startswith("recordings")
@@ -238,6 +242,117 @@ def test_evaluate_needs_sentences(content, message, tiny, tmp_path, capsys):
     if content is not None:
         (tmp_path / "lines.txt").write_text(content)
     assert cli.main(["evaluate", tiny, "--sentences", "lines.txt"]) == 2 and message in capsys.readouterr().err
+
+
+# ---- resynthesise
+
+class Blocks(torch.nn.Module):
+    "A codec that loses nothing: a latent is 40 ms of samples. Its stream holds back a few latents, as a decoder that looks ahead does."
+    sample_rate, frame_rate, dim, ahead = 16000, 25.0, 640, 5
+
+    def encode(self, wav): return wav.unfold(1, 640, 640)
+
+    def decode(self, latents): return latents.flatten(1)
+
+    def stream(self):
+        self.kept = torch.zeros(1, 0, 640)
+        return self
+
+    def push(self, latents):
+        assert latents.shape[1] <= 4
+        self.kept = torch.cat([self.kept, latents], 1)
+        return self.kept[:, :max(0, self.kept.shape[1] - self.ahead)].flatten(1)
+
+    def finish(self): return self.kept.flatten(1)
+
+
+@pytest.fixture
+def codecs(monkeypatch):
+    "Two codecs without checkpoints."
+    wavevae = pytest.importorskip("ardm_course.wavevae")
+    monkeypatch.setattr(wavevae, "load_codec", lambda name: {"blocks": Blocks, "mel": MelCodec}[name.split("/")[-1]]())
+
+
+def test_resynthesise_a_corpus(corpus, codecs, judges, tmp_path, capsys):
+    pytest.importorskip("jiwer")
+    words = ["resynthesise", corpus, "--split", "train", "--limit", "2", "--codec", "a/blocks", "--codec", "mel", "--out", "back", "--json", "back.json"]
+    assert cli.main(words) == 0
+    printed, data = capsys.readouterr().out, json.loads((tmp_path / "back.json").read_text())
+    assert list(data["rows"]) == ["input", "a-blocks", "mel"] and "PESQ" in printed and "0 left out" in printed
+    for label, row in data["rows"].items():
+        assert row["n"] == 2 and 0 < row["wer_moonshine"] < 1 and row["wer_whisper"] is None and row["similarity"] is None
+        assert set(row["intervals"]) >= {"wer_moonshine", "mos", "pesq", "stoi", "log_mel_db"}
+        assert (row["rtf_decode"] is None) == (label == "input") == (row["log_mel_db"] == 0)
+    assert data["rows"]["a-blocks"]["first_chunk_needs_ms"] == 320 and data["rows"]["a-blocks"]["first_chunk_ms"] > 0  # 8 latents, of which 5 wait
+    assert data["codecs"]["a-blocks"] == {"sample_rate": 16000, "frame_rate": 25, "dim": 640, "parameters": 0}
+    assert data["seed"] == 0 and data["device"] == "cpu" and data["environment"]["threads"] and data["with_text"] == 2
+    for sample in data["samples"]:
+        for label, rate in (("input", 24000), ("a-blocks", 16000), ("mel", 24000)):
+            assert len(load_audio(f"back/{label}/{sample['name']}.wav", rate)) == pytest.approx(sample["seconds"] * rate, abs=1)
+        assert sample["a-blocks"]["log_mel_low_db"] < 0.1 < sample["mel"]["log_mel_low_db"] < 1 and sample["mel"]["moonshine"] in sample["text"]
+        assert sample["a-blocks"]["log_mel_db"] > 3  # above 8 kHz nothing is left
+
+
+def test_resynthesise_whatever_lies_in_a_folder(codecs, judges, tmp_path, capsys):
+    pytest.importorskip("jiwer")
+    tone = 0.3 * torch.sin(torch.arange(24000) * 0.1)
+    folder = tmp_path / "sounds"
+    (folder / "deep").mkdir(parents=True)
+    soundfile.write(folder / "stereo.wav", torch.stack([tone, -0.5 * tone], 1).numpy(), 44100)
+    soundfile.write(folder / "deep" / "slow.flac", tone[:8000].numpy(), 8000)
+    soundfile.write(folder / "one.wav", tone[5:6].numpy(), 24000)
+    soundfile.write(folder / "same.wav", tone.numpy(), 24000)
+    soundfile.write(folder / "same.flac", tone.numpy(), 24000)
+    (folder / "broken.wav").write_bytes(b"RIFF no sound")
+    (folder / "notes.md").write_text("not a sound")
+    (folder / "stereo.normalized.txt").write_text("One lamp here.\n")
+    (folder / "stereo.txt").write_text("1 lamp")
+    (folder / "one.txt").write_text("...")
+    assert cli.main(["resynthesise", str(folder), "--codec", "blocks", "--out", "back", "--json", "back.json"]) == 0
+    printed, data = capsys.readouterr().out, json.loads((tmp_path / "back.json").read_text())
+    assert [sample["name"] for sample in data["samples"]] == ["deep/slow", "one", "same", "same.wav", "stereo"]
+    assert list(data["skipped"]) == ["broken"] and "left out: broken" in printed and "1 left out" in printed
+    assert [sample["text"] for sample in data["samples"]] == [None, None, None, None, "One lamp here."] and data["with_text"] == 1
+    assert data["rows"]["blocks"]["n"] == 5 and data["rows"]["blocks"]["wer_moonshine"] == pytest.approx(1 / 3)
+    assert data["samples"][0]["seconds"] == 1 and (tmp_path / "back/blocks/deep/slow.wav").exists()
+    assert len(load_audio("back/blocks/one.wav", 16000)) == 1 and data["samples"][1]["blocks"]["pesq"] is None
+
+
+def test_resynthesise_one_file_with_a_list_of_texts(codecs, judges, tmp_path):
+    pytest.importorskip("jiwer")
+    soundfile.write(tmp_path / "tone.wav", (0.3 * torch.sin(torch.arange(12000) * 0.1)).numpy(), 24000)
+    words = ["resynthesise", "tone.wav", "--codec", "blocks", "--out", "back", "--json", "back.json"]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "back.json").read_text())["rows"]["blocks"]["wer_moonshine"] is None
+    (tmp_path / "texts.txt").write_text("other|Nobody says this.\n\ntone|Nobody says that.\n")
+    assert cli.main([*words, "--texts", "texts.txt"]) == 0
+    assert json.loads((tmp_path / "back.json").read_text())["rows"]["blocks"]["wer_moonshine"] == pytest.approx(1 / 3)
+    (tmp_path / "texts.txt").write_text("tone without a bar\n")
+    assert cli.main([*words, "--texts", "texts.txt"]) == 2
+
+
+@pytest.mark.parametrize("words, message", [(["empty"], "no sound file"), (["broken"], "None of the 1"), (["gone.wav"], "does not exist"), (["good", "--speakers", "Ada"], "do not say who"),
+                                            (["stories", "--speakers", "Ada"], "is by Ada"), (["good", "--codec", "blocks"], "Name each codec once"), (["good", "--codec", "input/"], "is taken")])
+def test_resynthesise_says_what_is_wrong(words, message, codecs, judges, tmp_path, capsys):
+    for folder, content in {"empty": None, "broken": b"no sound", "good": None}.items():
+        (tmp_path / folder).mkdir()
+        if content: (tmp_path / folder / "a.wav").write_bytes(content)
+    soundfile.write(tmp_path / "good" / "a.wav", torch.zeros(24000).numpy(), 24000)
+    assert cli.main(["resynthesise", *words, "--codec", "blocks", "--out", "back"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not (tmp_path / "back").exists() and not judges
+
+
+def test_resynthesise_silence_and_some_speakers(codecs, judges, tmp_path):
+    rows = load_corpus("stories", "test")
+    speaker = rows[0]["speaker_id"]
+    assert cli.main(["resynthesise", "stories", "--speakers", speaker, "--codec", "mel", "--limit", "2", "--out", "back", "--json", "back.json"]) == 0
+    names = {row["id"] for row in rows if row["speaker_id"] == speaker}
+    assert {sample["name"] for sample in json.loads((tmp_path / "back.json").read_text())["samples"]} <= names
+    soundfile.write(tmp_path / "silence.wav", torch.zeros(24000).numpy(), 24000)
+    assert cli.main(["resynthesise", "silence.wav", "--codec", "mel", "--out", "back", "--json", "back.json"]) == 0
+    row = json.loads((tmp_path / "back.json").read_text())["rows"]["mel"]
+    assert row["pesq"] is row["stoi"] is row["wer_moonshine"] is None and row["log_mel_db"] < 0.1
 
 
 # ---- bench
@@ -284,3 +399,14 @@ def test_a_missing_package_is_one_sentence(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ardm_course.core", None)  # as if torch, which core imports, were not there
     assert cli.main(["doctor"]) == 2
     assert "is missing" in capsys.readouterr().err
+
+
+def test_resynthesise_with_disturbed_latents(codecs, judges, tmp_path):
+    "Noise on the latents is a version of its own, the same for the same seed, and further from the input than no noise."
+    soundfile.write(tmp_path / "tone.wav", (0.3 * torch.sin(torch.arange(12000) * 0.1)).numpy(), 24000)
+    distances = []
+    for seed in ("0", "0", "1"):
+        assert cli.main(["resynthesise", "tone.wav", "--codec", "mel", "--noise", "0.5", "--seed", seed, "--out", "back", "--json", "back.json"]) == 0
+        rows = json.loads((tmp_path / "back.json").read_text())["rows"]
+        distances.append(rows["mel+0.5"]["log_mel_db"])
+    assert distances[0] == distances[1] != distances[2] and distances[0] > rows["mel"]["log_mel_db"]

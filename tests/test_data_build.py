@@ -11,10 +11,10 @@ import torch
 
 from ardm_course.core import CourseError, data_dir
 from ardm_course.corpus import decode, load_corpus, load_phones, statistics
-from ardm_course.data_build import (NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
+from ardm_course.data_build import (DRAWN, NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
                                     easiest_first, encode_audio, estimated_seconds, expand, held_out, make_row, move_pitch,
                                     move_spectrum, ogg_checksum, plan, read_grammar, read_texts, recordings, same_ogg,
-                                    sentence_key, speak, speakable, texts_dir)
+                                    sentence_key, speak, speakable, texts_dir, voice_of)
 from ardm_course.text import normalise
 
 needs_hibari = pytest.mark.skipif(importlib.util.find_spec("hibari") is None, reason="hibari-tts is not installed")
@@ -78,6 +78,31 @@ def test_plans_keep_test_sentences_apart():
     assert total == pytest.approx(1.2 * 3600, rel=0.01)
 
 
+def test_voices_of_dev_and_test_are_never_trained_on():
+    held, files = set(held_out()), plan("voices")
+    speakers = {stem: {item.speaker for item in items} for stem, items in files.items()}
+    assert {stem: (len(items), len(speakers[stem])) for stem, items in files.items()} == {"dev": (48, 4), "test": (48, 4), "train-00000-of-00001": (576, 48)}
+    assert len(set.union(*speakers.values())) == 56
+    texts = [sentence_key(item.text) for items in files.values() for item in items]
+    assert len(set(texts)) == len(texts) and not held & set(texts)
+    longer = plan("voices", hours=1.0)  # more hours add voices and move none
+    assert longer["dev"] == files["dev"] and longer["test"] == files["test"]
+    assert longer["train-00000-of-00002"] + longer["train-00001-of-00002"] == files["train-00000-of-00001"] + [
+        item for stem in longer if "train" in stem for item in longer[stem] if int(item.speaker[1:]) >= 56]
+    assert {item.speaker for item in plan("voices", hours=0.001)["train-00000-of-00001"]} == {"v008"}
+
+
+def test_a_voice_follows_from_its_number():
+    drawn = [voice_of(f"v{number:03d}") for number in range(300)]
+    assert drawn[7] == voice_of("v007") and len(set(drawn)) == 300 and voice_of("4002") is VOICES["4002"]
+    for name, (low, high) in DRAWN.items():
+        values = [getattr(voice, name) for voice in drawn]
+        assert low <= min(values) < low + 0.1 * (high - low) and high - 0.1 * (high - low) < max(values) <= high
+    for name in ("v1", "4008", "", "voice"):
+        with pytest.raises(CourseError, match="no voice"):
+            voice_of(name)
+
+
 def test_the_shipped_phrases_are_the_plan():
     shipped = {row["id"]: row["text_original"] for split in ("train", "dev", "test") for row in load_corpus("phrases", split)}
     assert shipped == {item.id: item.text for items in plan("phrases").values() for item in items}
@@ -123,7 +148,7 @@ def test_the_plain_voice_changes_nothing():
 
 def test_what_cannot_be_built(tmp_path):
     for arguments, message in ((("nothing", tmp_path), "no corpus"), (("real", tmp_path, 2.0), "Hours"), (("phrases", tmp_path, -1.0), "positive"),
-                               (("open", tmp_path, 500.0), "fewer hours")):
+                               (("open", tmp_path, 500.0), "fewer hours"), (("voices", tmp_path, 50.0), "fewer hours")):
         with pytest.raises(CourseError, match=message):
             build(*arguments)
 
@@ -165,6 +190,18 @@ def test_an_interrupted_build_goes_on(workers, tmp_path):
     assert statistics(rows)["rows"] == len(rows) and all(row["id"] in load_phones(tmp_path / "phones.parquet") for row in rows)
     with pytest.raises(CourseError, match="other settings"):
         build("phrases", tmp_path, hours=0.01)
+
+
+@needs_hibari
+def test_drawn_voices_can_be_built(tmp_path, monkeypatch):
+    from ardm_course import data_build
+    whole = plan("voices", 0.01)
+    monkeypatch.setattr(data_build, "plan", lambda *_: {stem: items[:1] for stem, items in whole.items()})
+    build("voices", tmp_path, hours=0.01)
+    for split, speaker in {"train": "v008", "dev": "v000", "test": "v004"}.items():
+        (row,) = load_corpus(tmp_path, split, streaming=True)
+        assert row["speaker_id"] == speaker and row["audio"]["path"].endswith(".flac") and row["id"] in load_phones(tmp_path / "phones.parquet")
+        assert len(decode(row)) > 12000
 
 
 def test_unseen_sentences_are_everyday_and_nowhere_else():

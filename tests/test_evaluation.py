@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from ardm_course import evaluation
-from ardm_course.audio import import_torchaudio
+from ardm_course.audio import import_torchaudio, resample
 from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
-from ardm_course.evaluation import (JUDGES, MosPredictor, Recogniser, Sample, SpeakerEncoder, available, bootstrap_interval, equal_error_rate,
-                                    equal_lengths, error_rates, evaluate, f0_rmse, f0_track, load_recogniser, measure, real_time_factor,
-                                    similarity, slaney_filterbank, slaney_mel, speech_16k, split_speech, stop_reasons, summarise,
+from ardm_course.evaluation import (JUDGES, MosPredictor, Recogniser, Sample, SpeakerEncoder, available, bootstrap_interval, codec_row, equal_error_rate,
+                                    equal_lengths, error_rates, evaluate, f0_rmse, f0_track, load_recogniser, log_mel_distance, measure,
+                                    measure_codec, pesq, real_time_factor, similarity, slaney_filterbank, slaney_mel, speech_16k, split_speech, stoi, stop_reasons, summarise,
                                     time_stream, transcript_normaliser, voice_windows)
 
 
@@ -131,7 +131,8 @@ def test_missing_judges_say_what_to_install(monkeypatch):
     assert not any(available().values())
     build = {"moonshine": evaluation.moonshine, "whisper": evaluation.whisper, "similarity": SpeakerEncoder, "mos": MosPredictor,
              "hub": lambda: evaluation.from_hub("some/model"), "normaliser": lambda: transcript_normaliser("a"),
-             "error rates": lambda: error_rates(["a"], ["a"])}
+             "error rates": lambda: error_rates(["a"], ["a"]), "pesq": lambda: pesq(torch.randn(9), torch.randn(9), 16000),
+             "stoi": lambda: stoi(torch.randn(9), torch.randn(9), 16000)}
     assert set(build) == set(JUDGES)
     for judge, call in build.items():
         with pytest.raises(CourseError, match="not measured.*pip install") as error:
@@ -140,7 +141,10 @@ def test_missing_judges_say_what_to_install(monkeypatch):
     row = evaluate([Sample("a lamp", torch.randn(16000), 16000, torch.randn(16000))])
     assert row.pop("n") == 1 and set(row) == {"wer_moonshine", "cer_moonshine", "wer_whisper", "cer_whisper", "similarity", "mos", "intervals"}
     assert all(value is None for name, value in row.items() if name != "intervals") and not any(row["intervals"].values())
-    json.dumps(row)
+    beside = codec_row(["a lamp"], [torch.randn(16000)], [torch.randn(16000)], 16000)
+    assert set(beside) - set(row) == {"n", "pesq", "stoi", "log_mel_db", "log_mel_low_db"}
+    assert [name for name in beside if name not in ("n", "intervals") and beside[name] is not None] == ["log_mel_db", "log_mel_low_db"] # ours needs no package
+    json.dumps([row, beside])
 
 
 def test_unknown_recogniser():
@@ -168,8 +172,8 @@ def test_recogniser_contract():
     seen = []
     recogniser = Recogniser("echo", lambda pieces: [seen.append(len(piece)) or f"p{len(seen)}" for piece in pieces])
     assert recogniser(torch.zeros(0), 24000) == recogniser(torch.zeros(48000), 24000) == recogniser(1e-5 * torch.randn(48000), 24000) == "" and not seen
-    assert recogniser.many([torch.randn(24000), torch.zeros(99), torch.randn(24000 * 50)], 24000) == ["p1", "", "p2 p3"]
-    assert sum(seen[1:]) == 16000 * 50 and max(seen) <= 16000 * 30
+    assert recogniser.many([torch.randn(24000), torch.zeros(99), torch.randn(24000 * 40)], 24000) == ["p1", "", "p2 p3"]
+    assert sum(seen[1:]) == 16000 * 40 and max(seen) <= 16000 * 30
     for wav, message in ((torch.full((9,), torch.nan), "NaN"), (torch.zeros(2, 9), "one channel")):
         with pytest.raises(CourseError, match=message):
             recogniser(wav, 24000)
@@ -274,6 +278,69 @@ def test_pitch_of_no_voice():
     assert not f0_track(torch.zeros(16000), 16000).any()
     assert (f0_track(torch.randn(16000, generator=torch.Generator().manual_seed(0)) * 0.1, 16000) > 0).float().mean() < 0.1
     assert f0_track(torch.zeros(0), 16000).shape == (1,) or not f0_track(torch.zeros(0), 16000).any()
+
+
+BESIDE = {"pesq": pesq, "stoi": stoi, "log_mel_db": log_mel_distance}
+SAME_SCORE = {"pesq": 4.64, "stoi": 1.0, "log_mel_db": 0.0}
+
+
+def beside(name):
+    "One of the three measures that need the original, if it is there."
+    if name in JUDGES and not available()[name]: pytest.skip(JUDGES[name][1])
+    return BESIDE[name]
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_the_original(name, librivox):
+    judge, wav = beside(name), librivox[1][1]
+    noise = torch.randn(len(wav), generator=torch.Generator().manual_seed(0)) * wav.square().mean().sqrt()
+    scores = [judge(wav, wav + share * noise, 24000) for share in (0, 0.03, 0.1, 0.3, 1)]
+    assert scores[0] == pytest.approx(SAME_SCORE[name], abs=0.01) and all(isinstance(score, float) for score in scores)
+    assert scores == sorted(scores, reverse=name != "log_mel_db") and len(set(scores)) == 5
+    assert judge(wav, wav[:-5000], 24000) == judge(wav[:-5000], wav, 24000) == pytest.approx(SAME_SCORE[name], abs=0.01) # the shorter one counts
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_the_original_where_there_is_little_to_compare(name, librivox):
+    judge, wav = beside(name), librivox[1][1]
+    for odd in (torch.zeros(0), torch.zeros(1), torch.full((1,), 0.5), torch.zeros(48000), wav[12000:12100]):
+        answer = judge(odd, odd, 24000)
+        assert answer == 0 if name == "log_mel_db" and len(odd) else answer is None or (not len(odd) and answer == 0), (len(odd), answer)
+        other = judge(wav, odd, 24000)
+        assert other is None or other >= 0
+    assert judge(torch.zeros(len(wav)), wav, 24000) is None or name == "log_mel_db"
+    for bad, message in ((torch.full((48000,), torch.nan), "NaN"), (torch.zeros(2, 48000), "one channel")):
+        with pytest.raises(CourseError, match=message): judge(bad, wav, 24000)
+
+
+@pytest.mark.parametrize("name", ["pesq", "stoi"])
+def test_beside_a_long_original(name, librivox):
+    judge, wav = beside(name), torch.cat(librivox[1] * 6) # three minutes: too many utterances for the package at once
+    noise = 0.01 * torch.randn(len(wav), generator=torch.Generator().manual_seed(0))
+    assert judge(wav, wav, 24000) == pytest.approx(SAME_SCORE[name], abs=0.01)
+    assert judge(wav, wav + noise, 24000) < judge(wav, wav, 24000) - 0.02
+
+
+def test_a_distance_in_decibel():
+    wav = 0.1 * torch.randn(24000, generator=torch.Generator().manual_seed(0))
+    assert log_mel_distance(wav, 2 * wav, 24000) == pytest.approx(20 * torch.tensor(2.0).log10().item(), abs=1e-3)
+    assert log_mel_distance(wav, 0.5 * wav, 24000) == log_mel_distance(0.5 * wav, wav, 24000)
+    narrow = resample(resample(wav, 24000, 16000), 16000, 24000)  # the upper band is gone
+    assert log_mel_distance(wav, narrow, 24000) > 5 > 0.1 > log_mel_distance(wav, narrow, 24000, high=7000)
+
+
+@needs("normaliser", "error rates")
+def test_a_row_of_a_codec(librivox, monkeypatch):
+    texts, wavs = librivox[0][:3], librivox[1][:3]
+    monkeypatch.setattr(evaluation, "standing_judge", lambda name: Recogniser(name, lambda pieces: ["one lamp"] * len(pieces)) if name == "echo" else None)
+    answers = measure_codec(["one lamp", None, ""], wavs, [0.5 * wav for wav in wavs], 24000, ["echo"])
+    assert len(answers["log_mel_db"]) == 3 and answers["similarity"] is None
+    row = codec_row(["one lamp", None, ""], wavs, [0.5 * wav for wav in wavs], 24000, ["echo"])
+    assert row["n"] == 3 and row["wer_echo"] == 0 and row["log_mel_db"] > 1 and len(row["intervals"]["log_mel_db"]) == 2
+    assert set(row["intervals"]) == set(row) - {"n", "intervals"} == {"wer_echo", "cer_echo", "similarity", "mos", "pesq", "stoi", "log_mel_db", "log_mel_low_db"}
+    silent = codec_row([None, None], [torch.zeros(24000)] * 2, [torch.zeros(24000)] * 2, 24000, ["echo"])
+    assert silent["wer_echo"] is silent["pesq"] is silent["stoi"] is silent["intervals"]["pesq"] is None and silent["log_mel_db"] == 0
+    json.dumps([row, silent])
 
 
 def test_clock(monkeypatch):

@@ -108,8 +108,8 @@ def test_no_import_from_a_later_notebook():
                     assert needed in order[:place], f"{path.name}: module {module} imports {needed}, which no earlier notebook exports"
 
 
-WIDGETS = {"01_audio": "mel settings", "02_corpus": "corpus browser", "04_training": "loss", "07_flow": "trajectories", "08_sampling": "steps and guidance",
-           "10_locdit": "history", "11_ardm": "stop threshold", "11b_tts": "playground"}
+WIDGETS = {"01_audio": "mel settings", "02_corpus": "corpus browser", "04_training": "loss", "05b_neural": "pitch and breath", "05c_adversarial": "a judge's view", "06_wavevae": "KL weight", "07_flow": "trajectories", "08_sampling": "steps and guidance",
+           "10_locdit": "history", "11_ardm": "stop threshold", "11b_tts": "playground", "13_fsq": "width and scale", "13b_cascade": "temperature and nucleus", "14_voxcpm": "grid and guidance"}
 
 
 @pytest.mark.parametrize("stem", WIDGETS)

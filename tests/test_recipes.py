@@ -8,7 +8,7 @@ from ardm_course import recipes
 from ardm_course.audio import save_audio
 from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
-from ardm_course.recipes import RECIPES, corpus_source, held_out, prepare, recipe, speak_row, toy_shape, train
+from ardm_course.recipes import RECIPES, corpus_sources, held_out, prepare, recipe, speak_row, toy_shape, train
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_unknown_recipe_and_missing_corpus(monkeypatch):
     with pytest.raises(CourseError, match="toy"):
         recipe("toyy")
     with pytest.raises(CourseError, match="data build open"):
-        corpus_source(recipe("ditar-toy"), None)
+        corpus_sources(recipe("ditar-toy"))
 
 
 def test_parameters_of_the_toys():

@@ -36,7 +36,7 @@ def tone(seconds=0.5, rate=24000):
 def made(**changes):
     "A small report with everything in it."
     takes = [Take("The cat sat down.", kind, tone(0.4 + 0.1 * number), 24000, {"moonshine": heard, "whisper": "The cat sat down."}, "stop head")
-             for number, (kind, heard) in enumerate(zip(report.KINDS, ("The cat sat down.", "The hat sat down.", "The cat down", "so the cat sat down")))]
+             for number, (kind, heard) in enumerate(zip((kind for kind in report.KINDS if kind != "griffin-lim"), ("The cat sat down.", "The hat sat down.", "The cat down", "so the cat sat down")))]
     history = [{"step": step, "loss": 1 / step, "lr": 1e-3, "frames": step, "seconds": step} for step in range(1, 30)]
     history += [{"step": 20, "valid_loss": 0.2, "valid_flow": 0.1, "valid_flow_t0.1": 0.3}, {"step": 30, "valid_loss": 0.1, "valid_flow": 0.1, "valid_flow_t0.1": 0.2}]
     fields = dict(tier="toy", system="ditar", seed=0, device="cpu", rows={"real": ROW, "generated": ROW}, takes=takes, history=history,
@@ -87,7 +87,7 @@ def test_json_has_the_schema(tmp_path):
     report.write_report(tmp_path, made())
     data = json.loads((tmp_path / "report.json").read_text())
     assert report.report_problems(data) == []
-    assert list(data["rows"]) == ["real", "resynthesised", "generated", "released"]
+    assert list(data["rows"]) == ["real", "resynthesised", "griffin-lim", "generated", "released"]
     for row in data["rows"].values():
         assert {"n", "wer_moonshine", "wer_whisper", "cer_moonshine", "similarity", "mos", "intervals"} <= set(row)
     assert {"tier", "system", "seed", "device", "timing", "peak_memory_mb", "rtf", "first_audio_ms", "stop_reasons"} <= set(data)

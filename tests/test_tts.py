@@ -12,7 +12,9 @@ from ardm_course.ardm import ARDM, ARDMConfig
 from ardm_course.core import CourseError
 from ardm_course.locdit import HeadConfig
 from ardm_course.transformer import TransformerConfig
-from ardm_course.tts import TTS, arriving_pieces, config_from_dict, split_text
+from ardm_course.neural import digest_of, find_checkpoint
+from ardm_course.tts import (TTS, Prompt, arriving_pieces, codec_of, config_from_dict, encode_prompt, split_text,
+                             story_prompt)
 from ardm_course.vocoder import MelCodec
 
 
@@ -150,3 +152,56 @@ def test_lazy_top_level():
     assert ardm_course.TTS is TTS
     with pytest.raises(AttributeError):
         ardm_course.nothing
+
+
+def test_a_system_that_this_version_lacks(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("future.FutureConfig", "ardm.Nothing", "", 7):
+        (folder / "config.json").write_text(json.dumps({**config, "system": name}))
+        with pytest.raises(CourseError, match="no system"): TTS.from_pretrained(folder)
+
+
+def test_checkpoints_of_before_name_no_system(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["system"], config["voice"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert isinstance(TTS.from_pretrained(folder).model, ARDM)
+
+
+def test_latents_of_a_codec_that_was_trained_again():
+    digest = digest_of(find_checkpoint("wavevae"))
+    assert codec_of({"checkpoint": "wavevae", "sha256": digest}).dim == 64
+    with pytest.raises(CourseError, match="trained again"): codec_of({"checkpoint": "wavevae", "sha256": "0" * 64})
+    with pytest.raises(CourseError, match="its own vocoder"): codec_of({"checkpoint": "wavevae", "sha256": digest}, "griffin-lim")
+
+
+def spoken(seconds=2.0, rate=24000): return Prompt(0.1 * torch.sin(torch.arange(round(seconds * rate)) * 0.05), rate, "Hello.")
+
+
+def test_a_prompt_ends_where_speech_begins(tts):
+    for seconds in (0.5, 1.234, 2.0):
+        prompt = spoken(seconds)
+        patches = encode_prompt(tts, prompt)
+        whole = 8 * 480
+        padded = torch.cat([torch.zeros(-len(prompt.wav) % whole), prompt.wav])
+        assert len(patches) == len(padded) // whole
+        torch.testing.assert_close(patches.flatten(0, 1), tts.codec.encode(padded[None])[0])
+
+
+@pytest.mark.parametrize("prompt, reason", (
+    (Prompt(torch.zeros(2, 48000), 24000, "Hello."), "one channel"), (Prompt(torch.full((48000,), float("nan")), 24000, "Hello."), "finite"),
+    (Prompt(torch.zeros(100), 24000, "Hello."), "lasts"), (Prompt(torch.zeros(24000 * 60), 24000, "Hello."), "lasts"), (Prompt(torch.zeros(48000), 24000, " ?! "), "no text")))
+def test_what_cannot_be_a_prompt(tts, prompt, reason):
+    with pytest.raises(CourseError, match=reason): tts("Hello.", prompt=prompt, **FAST)
+
+
+def test_stream_goes_on_from_a_prompt_as_the_whole_does(tts):
+    whole, prompt = tts("Good morning to you.", prompt=spoken(), **FAST), spoken()
+    streamed = torch.cat(list(tts.stream("Good morning to you.", prompt=prompt, **FAST)))
+    assert len(streamed) == len(whole.wav) == len(whole.latents) * 480
+
+
+def test_voices_of_the_corpus_stories():
+    prompt = story_prompt("4002")
+    assert prompt.rate == 24000 and 1 < len(prompt.wav) / 24000 < 8 and prompt.text
+    with pytest.raises(CourseError, match="4001"): story_prompt("nobody")

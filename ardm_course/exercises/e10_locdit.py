@@ -326,7 +326,7 @@ from ardm_course.text import has_g2p
 from ardm_course.tts import TTS
 if has_g2p():
     tts, said = TTS.from_pretrained("ditar-toy"), {}
-    with use(sample_patches=my_walk):
+    with use(sample_patches=lambda *args, **options: my_walk(*args, **options)):  # whatever the system may pass
         for w, caption in ((2.0, "your walk with w = 2"), (1.0, "your walk with w = 1, no guidance: listen for slurred consonants")):
             said[caption] = tts("Good morning.", seed=0, steps=4, guidance=w).wav
     compare(said, tts.codec.sample_rate)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ardm import ARDM, ARDMConfig, Drawn, begin
+from ..ardm import ARDM, ARDMConfig, Drawn, begin, hear
 from ..checks import Exercise, Mistake, register
 from ..locdit import HeadConfig
 from ..transformer import TransformerConfig
@@ -298,8 +298,8 @@ def my_generate(
     for count in range(1, most + 1):
         with torch.no_grad():
             patch = model.head.sample(state, patch, **options)  # [1, P, D]
-            stop = torch.sigmoid(model.stop(state)).item()
-            state = model.backbone(model.aggregator(patch)[None], positions[count - 1:count], cache)[:, -1]
+            stop = torch.sigmoid(model.stop_logit(state)).item()
+            state = hear(model, patch, positions[count - 1:count], cache)
         quiet = quiet + 1 if patch.mean() < -1.5 else 0
         if stop > threshold and count >= least: reason = "stop head"
         elif quiet >= 2 and count >= least: reason = "silence"
@@ -362,9 +362,9 @@ def loop_with(fault: str) -> Callable:
         for count in range(1, most + 1):
             with torch.no_grad():
                 old, patch = patch, model.head.sample(state, torch.zeros_like(patch) if fault == "history" else patch, **options)
-                logit, place = model.stop(state), slice(0, 1) if fault == "position" else slice(count - 1, count)
+                logit, place = model.stop_logit(state), slice(0, 1) if fault == "position" else slice(count - 1, count)
                 stop = (logit if fault == "logit" else torch.sigmoid(logit)).item()
-                state = model.backbone(model.aggregator(old if fault == "late" else patch)[None], positions[place], cache)[:, -1]
+                state = hear(model, old if fault == "late" else patch, positions[place], cache)
             quiet = quiet + 1 if patch.mean() < -1.5 else quiet if fault == "total" else 0
             long = count >= least
             if stop > threshold and (count > least if fault == "least" else long): reason = "stop head"
@@ -382,7 +382,7 @@ def grads_off(model, tokens, *arguments, **options):
 # %% ../../nbs/exercises/11_ardm.ipynb #da63a4b8
 register(Exercise(
     id="11.6", title="The loop that speaks", difficulty=3, importance=3, minutes=25,
-    task="Write the generation loop with a third guard. `begin(model, tokens, speaker, prompt, most)` gives the first state, the cache and the positions. Then, for each patch: draw it from the state and the patch before (the prompt's last one, or zeros `[1, P, D]`), ask the stop head about the *same* state, feed the patch to the model, yield a `Drawn`.\n\nThe reason of the last patch is the first that applies: `\"stop head\"` (probability above `threshold`, and at least `least` patches), `\"silence\"` (two patches *in a row* whose mean is below $-1.5$, and at least `least` patches), `\"length limit\"` (patch number `most`). Otherwise it is `None`, and the loop goes on. A caller who drops the generator half-way must not be left without gradients.",
+    task="Write the generation loop with a third guard. `begin(model, tokens, speaker, prompt, most)` gives the first state, the cache and the positions. Then, for each patch: draw it from the state and the patch before (the prompt's last one, or zeros `[1, P, D]`), ask the stop head about the *same* state, let the model `hear` the patch, yield a `Drawn`.\n\nThe reason of the last patch is the first that applies: `\"stop head\"` (probability above `threshold`, and at least `least` patches), `\"silence\"` (two patches *in a row* whose mean is below $-1.5$, and at least `least` patches), `\"length limit\"` (patch number `most`). Otherwise it is `None`, and the loop goes on. A caller who drops the generator half-way must not be left without gradients.",
     hints=("Begin with the `generate` above; only the counting of quiet patches and their reason are new. Reset the count at every loud patch.",
            "`quiet = quiet + 1 if patch.mean() < -1.5 else 0`, then `if stop ...: elif quiet >= 2 and count >= least: else:`; put `torch.no_grad()` inside the loop and `yield` outside of it."),
     reference=my_generate, observe=look_at_generate, tolerance=1e-4,
