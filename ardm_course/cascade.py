@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CascadeConfig', 'CascadeBatch', 'side_by_side', 'inside', 'Neighbours', 'SpeechTokenizer', 'TokenLM',
-           'text_positions', 'sequences', 'lm_loss', 'tokens_per_patch', 'speak_tokens', 'FlowBlock', 'attend',
-           'TokenFlow', 'shown', 'flow_errors', 'decode_tokens', 'Cascade', 'speak', 'utter']
+           'text_positions', 'sequences', 'lm_loss', 'tokens_per_patch', 'speak_tokens', 'TokenFlow', 'shown',
+           'flow_errors', 'decode_tokens', 'Cascade', 'speak', 'utter']
 
 # %% ../nbs/13b_cascade.ipynb #c0a80caf
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from .flow import PATHS, interpolate, noise_like, sample_times, target
 from .fsq import TokenFSQ
 from .locdit import DiTBlock, HeadConfig, time_features
 from .sampling import guided, sample, time_grid
-from .transformer import Attention, KVCache, RMSNorm, Transformer, TransformerConfig, apply_rope, rope_table, sample_token
+from .transformer import KVCache, RMSNorm, Transformer, TransformerConfig, rope_table, sample_token
 
 # %% ../nbs/13b_cascade.ipynb #e385c68d
 @dataclass
@@ -198,31 +198,6 @@ def speak_tokens(
         ids = made[-1] + lm.end + 1
     return torch.cat(made), end, "end token" if end > threshold else "length limit"
 
-# %% ../nbs/13b_cascade.ipynb #429374ef
-class FlowBlock(DiTBlock):
-    "The block of LocDiT over a whole utterance: it does not look at what fills up a shorter one."
-    def forward(self,
-        x: Tensor,  # [B, F, W]
-        modulation: Tensor,  # [B, 1, 6 W]
-        rope: tuple[Tensor, Tensor],  # angles of the F positions
-        mask: Tensor,  # [B, 1, 1, F] which frames there are
-    ) -> Tensor:  # [B, F, W]
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, -1)
-        x = x + gate1 * attend(self.attention, shift1 + self.attention_norm(x) * (1 + scale1), rope, mask)
-        return x + gate2 * self.feed_forward(shift2 + self.feed_forward_norm(x) * (1 + scale2))
-
-
-def attend(
-    attention: Attention,
-    x: Tensor,  # [B, F, W]
-    rope: tuple[Tensor, Tensor],
-    mask: Tensor,  # [B, 1, 1, F]
-) -> Tensor:  # [B, F, W]
-    "Attention to all frames of the mask."
-    q, k, v = attention.qkv(x).unflatten(-1, (3 * attention.heads, attention.size)).transpose(1, 2).chunk(3, 1)
-    y = F.scaled_dot_product_attention(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
-    return attention.out(y.transpose(1, 2).flatten(2))
-
 # %% ../nbs/13b_cascade.ipynb #ce5fe9c8
 class TokenFlow(nn.Module):
     "Noisy mel, the tokens and perhaps a recording before it -> prediction for the mel, all frames at once."
@@ -235,7 +210,7 @@ class TokenFlow(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         self.values, self.read, self.split = nn.Linear(len(levels), width), Neighbours(width), nn.Linear(width, 2 * width)
         self.noisy, self.known, self.null = nn.Linear(config.latent_dim, width), nn.Linear(config.latent_dim + 1, width), nn.Parameter(torch.zeros(width))
-        self.near, self.blocks = Neighbours(width, 7), nn.ModuleList(FlowBlock(config) for _ in range(config.layers))
+        self.near, self.blocks = Neighbours(width, 7), nn.ModuleList(DiTBlock(config) for _ in range(config.layers))
         self.norm, self.out = RMSNorm(width), nn.Linear(width, config.latent_dim)
 
     def condition(self, tokens: Tensor, known: Tensor, mask: Tensor) -> Tensor:  # [B, F / 2], [B, F, D + 1], [B, F] -> [B, F, W]

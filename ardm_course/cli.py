@@ -120,14 +120,14 @@ def run_train(args: argparse.Namespace) -> None:
     from ardm_course.wavevae import CODEC_RECIPES, train_codec
     if args.name not in {**RECIPES, **CODEC_RECIPES}:
         raise CourseError(f"There is no recipe {args.name!r}. Recipes: {', '.join(RECIPES)}; codecs: {', '.join(CODEC_RECIPES)}.")
-    changes = {name: value for name in ("steps", "minutes", "seed", "bfloat16") if (value := getattr(args, name)) is not None}
+    changes = {name: value for name in ("steps", "minutes", "learning_rate", "seed", "bfloat16") if (value := getattr(args, name)) is not None}
     folder = args.out or Path("runs") / f"train-{args.name}"
     print(f"Training in {folder}; interrupt it when you like, the same command goes on from the last checkpoint.")
     if args.name in CODEC_RECIPES:
         train_codec(args.name, folder, args.corpus and [args.corpus], **changes)
         print(f"The codec is in {folder / 'model'}. Measure it: ardm-course resynthesise real --codec {folder / 'model'} --out out")
         return
-    train(args.name, folder, args.corpus, **changes)
+    train(args.name, folder, args.corpus, start=args.start, **changes)
     last = next((row for row in reversed(read_log(folder / "log.jsonl")) if "valid_loss" in row), {})
     print(", ".join(f"{name} {value:.3f}" for name, value in sorted(last.items()) if name != "step" and "_t" not in name))
     print(f"The model is in {folder / 'model'}. Hear it: ardm-course speak --checkpoint {folder / 'model'} --out out.wav 'Hello.'")
@@ -650,9 +650,9 @@ def add_data(commands) -> None:
     command(commands, "doctor", run_doctor, "Say what is wrong with this environment, and how to mend it.")
     data = commands.add_parser("data", help="Make, check and describe corpora.").add_subparsers(required=True, metavar="build|check|info")
     build = command(data, "build", run_build, "Make a corpus; an interrupted build goes on.", "data build open\ndata build phrases --hours 0.1 --out small")
-    build.add_argument("name", help="phrases, stories, real, librivox, open or voices")
+    build.add_argument("name", help="phrases, stories, real, librivox, open, voices or choir")
     build.add_argument("--out", type=Path, help="folder to make (default: where `train` looks for it)")
-    build.add_argument("--hours", type=at_least(float, 0), help="how much speech, for phrases, open and voices")
+    build.add_argument("--hours", type=at_least(float, 0), help="how much speech, for phrases, open, voices and choir")
     build.add_argument("--seed", type=int, default=0, help="of the sentences and the synthesiser (default: %(default)s)")
     build.add_argument("--workers", type=at_least(int, 1), default=1, help="processes (default: %(default)s)")
     build.add_argument("--source", type=Path, help="folder of recordings, for real, librivox and stories (default: those the course ships)")
@@ -674,6 +674,8 @@ def add_model(commands) -> None:
     train.add_argument("--corpus", help="another copy of the corpus: a folder, or a hub id")
     train.add_argument("--steps", type=at_least(int, 1), help="optimizer steps (default: the recipe's)")
     train.add_argument("--minutes", type=at_least(float, 0.01), help="end after this time, with a finished decay (default: the recipe's)")
+    train.add_argument("--learning-rate", type=at_least(float, 0), help="the highest (default: the recipe's)")
+    train.add_argument("--start", help="a checkpoint to go on from: its weights instead of random ones; the recipe must have its shape")
     train.add_argument("--bfloat16", action="store_true", default=None, help="matrix products in bfloat16 on the processor: faster where it has instructions for them")
     train.add_argument("--seed", type=int, help="default: the recipe's")
     speak = command(commands, "speak", run_speak, "Speak a text into a sound file.",

@@ -62,10 +62,11 @@ class DiTBlock(nn.Module):
         x: Tensor,  # [S, L, W] tokens
         modulation: Tensor,  # [S, 1, 6 W] from self.modulation
         rope: tuple[Tensor, Tensor],  # angles of the L positions
+        mask: Tensor | None = None,  # [S, 1, 1, L] which tokens there are; None: all
     ) -> Tensor:  # [S, L, W]
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, -1)
         y = torch.addcmul(shift1, self.attention_norm(x), 1 + scale1)
-        x = torch.addcmul(x, gate1, self.attention(y, rope, causal=False))
+        x = torch.addcmul(x, gate1, self.attention(y, rope, causal=False, mask=mask))
         y = torch.addcmul(shift2, self.feed_forward_norm(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.feed_forward(y))
 
@@ -119,12 +120,12 @@ class FlowHead(nn.Module):
 
     def loss(self,
         x0: Tensor,  # [S, P, D] clean patches
-        cond: Tensor,  # [S, cond_dim] states that must predict them
+        cond: Tensor,  # [S, cond_dim or more] states that must predict them
         history: Tensor,  # [S, P, D] previous patches, zeros at the start
         times: Tensor | None = None,  # [S]; None: drawn at random
     ) -> Tensor:  # [S] mean square error of each patch
         "Flow-matching loss; every patch has its own time, noise and condition-dropout coin (VoxCPM)."
-        config, net, token = self.config, self.net, self.net.cond(cond)
+        config, net, token = self.config, self.net, self.token(cond)
         if self.training:
             keep = torch.rand(len(x0), 1, device=x0.device) >= config.cond_dropout
             token = torch.where(keep, token, net.null)
@@ -133,6 +134,8 @@ class FlowHead(nn.Module):
             times = sample_times(len(x0), mean=config.time_mean, std=config.time_std, device=x0.device)
         predict = lambda xt, t: net(xt, net.modulations(t, token), token, past)
         return flow_loss(predict, x0, self.path, config.target, times=times)
+
+    def token(self, states: Tensor) -> Tensor: return self.net.cond(states[..., :self.config.cond_dim])  # [S, cond_dim or more] -> [S, W]
 
     def sample(self, cond: Tensor, history: Tensor, **options) -> Tensor:
         "See `sample_patches`."
@@ -153,7 +156,7 @@ def prepare(
 @torch.no_grad()
 def sample_patches(
     head: FlowHead,
-    cond: Tensor,  # [S, cond_dim] states
+    cond: Tensor,  # [S, cond_dim or more] states; the head reads the first cond_dim numbers
     history: Tensor,  # [S, P, D] previous patches
     guidance: float = 2.0,  # w in u + w (c - u); 1 switches it off and halves the cost
     steps: int = 10,  # sampler steps; the guided and the free half share one network call
@@ -162,12 +165,13 @@ def sample_patches(
     grid: str = "cosine",  # a kind of `time_grid`
     zero_star: bool = False,  # VoxCPM's CFG-Zero*: fit the free half to the guided one, and leave the first steps out
 ) -> Tensor:  # [S, P, D]
-    "Draw one patch per condition: Euler from noise to data."
-    net, times, token, rows = head.net, time_grid(steps, grid)[zero_star_steps(steps) if zero_star else 0:], head.net.cond(cond), history
+    "Draw one patch per condition: DDIM from noise to data, which is Euler on the straight path."
+    net, times, token, rows = head.net, time_grid(steps, grid)[zero_star_steps(steps) if zero_star else 0:], head.token(cond), history
     if guidance != 1:
         token, rows = torch.cat([token, net.null.expand(len(cond), -1)]), torch.cat([history, history])
     past = net.past(rows) if head.config.history else None
-    ready = iter(prepare(net, times.to(token.device), token))  # Euler asks once per step, in this order
+    if head.config.target == "eps": times = times.clamp(max=0.99)  # at 1 it says nothing about the data
+    ready = iter(prepare(net, times.to(token.device), token))  # the solver asks once per step, in this order
     predict = guided(lambda xt, t: net(xt, next(ready), token, past), guidance, zero_star)
     x1 = temperature * noise_like(history.float(), generator).to(token)  # one seed, one noise, whatever the precision
-    return sample(predict, x1, head.path, head.config.target, "euler", times)
+    return sample(predict, x1, head.path, head.config.target, "euler" if head.config.path == "linear" else "ddim", times)  # on the straight path DDIM is Euler

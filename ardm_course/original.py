@@ -39,7 +39,7 @@ def shape_like_paper(
     "VoxCPM with the features of the published one (version 1): patches of two frames, 25 frames a second, 64 numbers a frame."
     head = HeadConfig(latent_dim=64, patch=2, width=language.width, layers=layers[1], heads=language.heads, hidden=language.hidden, time_mean=-0.4)
     return VoxCPMConfig(vocabulary=vocabulary, backbone=language, encoder=replace(language, layers=layers[1], causal=False), head=head,
-                        grid=grid, scale=9, residual_layers=layers[0], time_token=True)
+                        grid=grid, scale=9, residual_layers=layers[0], flat=False, time_token=True)
 
 
 PAPER = shape_like_paper(TransformerConfig(1024, 24, 16, 2, 4096, norm_eps=1e-5))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SILENCE', 'STRESS', 'phone_alphabet', 'phone_frames', 'PhoneLabels', 'Teacher', 'FrameRecogniser',
-           'RecogniserTeacher', 'whisper_folder', 'read_ctranslate2', 'WhisperBlock', 'whisper_weights',
+           'RecogniserTeacher', 'MelTeacher', 'whisper_folder', 'read_ctranslate2', 'WhisperBlock', 'whisper_weights',
            'WhisperEncoder', 'short_whisper_mel', 'WhisperTeacher', 'teacher_patches', 'TimeAlignment']
 
 # %% ../nbs/16_repa.ipynb #70fa7094
@@ -137,6 +137,20 @@ class RecogniserTeacher(Teacher):
     ) -> Tensor: # [ceil(T / 960), dim], not normalised
         wav = F.pad(wav.to(self.mean.device), (0, -len(wav) % 960)) # whole frames of 40 ms
         return self.recogniser.states(self.mel(wav)[None])[0]
+
+# %% ../nbs/16_repa.ipynb #3bfa63dd
+class MelTeacher(Teacher):
+    "The sound itself as teacher, two log-mel frames for every 40 ms: the control of MELA's ablation (slide 11)."
+    def __init__(self):
+        super().__init__("mel", 160)
+        self.mel = LogMel()
+
+    @torch.no_grad()
+    def states(
+        self,
+        wav: Tensor, # [T] samples at 24 kHz
+    ) -> Tensor: # [ceil(T / 960), 160], not normalised
+        return self.mel(F.pad(wav.to(self.mean.device), (0, -len(wav) % 960))).reshape(-1, 160)
 
 # %% ../nbs/16_repa.ipynb #57ba227f
 def whisper_folder() -> Path: # holds model.bin

@@ -4,10 +4,13 @@
 
 # %% auto #0
 __all__ = ['TransformerConfig', 'RMSNorm', 'rope_table', 'apply_rope', 'KVCache', 'Attention', 'SwiGLU', 'Block', 'Transformer',
-           'sample_token', 'qwen2_block', 'qwen2_config', 'load_qwen2']
+           'sample_token', 'qwen2_block', 'read_checkpoint', 'assemble', 'qwen2_config', 'load_qwen2', 'long_rope',
+           'minicpm_config', 'minicpm_block', 'load_minicpm']
 
 # %% ../nbs/09_transformer.ipynb #08e8c82e
 import json
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +34,10 @@ class TransformerConfig:
     bias: bool = False # Qwen2 has a bias on queries, keys and values
     causal: bool = True # False: every token sees every token, for what is there as a whole
     rope_factors: tuple[float, ...] = () # LongRoPE: every wavelength is so many times longer; empty: 1
+    head_dim: int = 0 # size d of one head; 0: width / heads
+
+    @property
+    def head_size(self) -> int: return self.head_dim or self.width // self.heads
 
 # %% ../nbs/09_transformer.ipynb #61aa3e1b
 class RMSNorm(nn.Module):
@@ -80,7 +87,7 @@ class KVCache:
         capacity: int = 512, # most tokens it can hold
         device: torch.device | str = "cpu",
     ):
-        shape = (config.layers, 2, batch, config.key_value_heads, capacity, config.width // config.heads)
+        shape = (config.layers, 2, batch, config.key_value_heads, capacity, config.head_size)
         self.buffer, self.length, self.capacity = torch.zeros(shape, device=device), 0, capacity
 
     def update(self,
@@ -101,7 +108,7 @@ class Attention(nn.Module):
     "Multi-head attention with rotary positions, grouped keys and values, and one fused input projection."
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        self.heads, self.groups, self.size = config.heads, config.key_value_heads, config.width // config.heads
+        self.heads, self.groups, self.size = config.heads, config.key_value_heads, config.head_size
         self.qkv = nn.Linear(config.width, (self.heads + 2 * self.groups) * self.size, bias=config.bias)
         self.out = nn.Linear(self.heads * self.size, config.width, bias=False)
 
@@ -111,11 +118,12 @@ class Attention(nn.Module):
         causal: bool = True, # False: every token sees every token (the diffusion head)
         cache: KVCache | None = None, # decoding: attend to what it holds too
         layer: int = 0, # this block's place in the cache
+        mask: Tensor | None = None, # [B, 1, 1, T] True where there is something to look at, when `causal` is False; None: everywhere
     ) -> Tensor: # [B, T, D]
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.heads + 2 * self.groups, self.size).transpose(1, 2)
         q, k, v = heads.split([self.heads, self.groups, self.groups], 1)
-        q, k, mask = apply_rope(q, *rope), apply_rope(k, *rope), None
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(layer, k, v)
             if causal and T > 1: # several new tokens behind old ones: the triangle starts later
@@ -176,7 +184,7 @@ class Transformer(nn.Module):
         start, length = cache.length if cache is not None else 0, x.shape[1]
         if positions is None:
             positions = torch.arange(start, start + length, device=x.device)
-        rope = rope_table(positions, self.config.width // self.config.heads, self.config.rope_base, self.config.rope_factors)
+        rope = rope_table(positions, self.config.head_size, self.config.rope_base, self.config.rope_factors)
         for layer, block in enumerate(self.blocks):
             x = block(x, rope, cache, layer, keep if layer + 1 == len(self.blocks) else 0)
         if cache is not None:
@@ -216,6 +224,32 @@ def qwen2_block(
         "feed_forward.down.weight": weights[f"{at}mlp.down_proj.weight"],
     }
 
+# %% ../nbs/09_transformer.ipynb #b7dd8d1e
+def read_checkpoint(
+    source: str | Path, # folder with config.json and safetensors, or a hub id
+) -> tuple[dict, dict[str, Tensor]]: # what config.json says, and the weights in single precision
+    "Read a language model that was saved in the layout of transformers."
+    from huggingface_hub import snapshot_download
+    from safetensors.torch import load_file
+    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    weights = {name: tensor.float() for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")), weights
+
+
+def assemble(
+    config: TransformerConfig,
+    weights: dict[str, Tensor], # of the whole checkpoint
+    block_of: Callable[[str], dict[str, Tensor]], # where a block's names begin -> its weights under our names
+) -> tuple[Transformer, Tensor]: # the backbone, and its token embeddings [V, D]
+    "Put a checkpoint's weights into our transformer. Raises CourseError for incomplete ones."
+    model = Transformer(config)
+    try:
+        for layer, block in enumerate(model.blocks): block.load_state_dict(block_of(f"model.layers.{layer}."))
+        model.norm.load_state_dict({"weight": weights["model.norm.weight"]})
+        return model.eval(), weights["model.embed_tokens.weight"]
+    except (KeyError, RuntimeError) as error:
+        raise CourseError(f"The weights are not a complete checkpoint of this language model ({error}). Download it again.") from error
+
 # %% ../nbs/09_transformer.ipynb #a6629589
 def qwen2_config(
     settings: dict, # config.json of a Qwen2 checkpoint
@@ -232,15 +266,49 @@ def load_qwen2(
     source: str | Path, # folder with config.json and safetensors, or a hub id such as "Qwen/Qwen2-0.5B"
 ) -> tuple[Transformer, Tensor]: # the backbone, and its token embeddings [V, D]
     "Load the weights of a Qwen2 language model. Raises CourseError for another kind of model or incomplete files."
-    from huggingface_hub import snapshot_download
-    from safetensors.torch import load_file
-    folder = Path(source) if Path(source).is_dir() else Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    model = Transformer(qwen2_config(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    weights = {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    try:
-        for layer, block in enumerate(model.blocks):
-            block.load_state_dict(qwen2_block(weights, f"model.layers.{layer}."))
-        model.norm.load_state_dict({"weight": weights["model.norm.weight"]})
-        return model.eval(), weights["model.embed_tokens.weight"]
-    except (KeyError, RuntimeError) as error:
-        raise CourseError(f"The weights in {folder} are not a complete Qwen2 checkpoint ({error}). Download it again.") from error
+    settings, weights = read_checkpoint(source)
+    return assemble(qwen2_config(settings), weights, lambda at: qwen2_block(weights, at))
+
+# %% ../nbs/09_transformer.ipynb #92d769c7
+def long_rope(
+    settings: dict, # config.json of a MiniCPM checkpoint
+) -> tuple[tuple[float, ...], float]: # stretches of the wavelengths, and the factor on cosines and sines
+    "LongRoPE (Ding et al. 2024): short factors up to the trained length, long ones and larger cosines beyond. Raises CourseError for another stretching."
+    rope, most = settings.get("rope_scaling") or {}, settings["max_position_embeddings"]
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default": return (), 1.0
+    if kind != "longrope": raise CourseError(f"This checkpoint stretches its positions by {kind!r}. load_minicpm knows LongRoPE and none.")
+    trained = rope["original_max_position_embeddings"]
+    if most <= trained: return tuple(rope["short_factor"]), 1.0
+    return tuple(rope["long_factor"]), math.sqrt(1 + math.log(most / trained) / math.log(trained))
+
+
+def minicpm_config(
+    settings: dict, # config.json of a MiniCPM checkpoint
+) -> TransformerConfig:
+    "Our names for a MiniCPM shape. Raises CourseError for another kind of model."
+    if settings.get("model_type") != "minicpm": raise CourseError(f"This is a {settings.get('model_type')!r} checkpoint. load_minicpm reads MiniCPM models.")
+    return TransformerConfig(settings["hidden_size"], settings["num_hidden_layers"], settings["num_attention_heads"], settings["num_key_value_heads"],
+                             settings["intermediate_size"], settings.get("rope_theta", 10000.0), settings["rms_norm_eps"], rope_factors=long_rope(settings)[0])
+
+# %% ../nbs/09_transformer.ipynb #9103aff4
+def minicpm_block(
+    weights: dict[str, Tensor], # of the whole checkpoint
+    at: str, # where the block's names begin
+    settings: dict, # config.json
+) -> dict[str, Tensor]: # our names
+    "One block's weights, with MiniCPM's constants in them."
+    block, shape = qwen2_block(weights, at, bias=False), minicpm_config(settings)
+    depth, turned = settings["scale_depth"] / math.sqrt(shape.layers), (shape.heads + shape.key_value_heads) * shape.head_size
+    for name in ("attention.out.weight", "feed_forward.down.weight"): block[name] = depth * block[name]
+    block["attention.qkv.weight"][:turned] *= long_rope(settings)[1]  # queries and keys
+    return block
+
+
+def load_minicpm(
+    source: str | Path, # folder with config.json and safetensors, or a hub id such as "openbmb/MiniCPM4-0.5B"
+) -> tuple[Transformer, Tensor]: # the backbone, and its token embeddings [V, D], scaled
+    "Load the weights of a MiniCPM language model. Raises CourseError for another kind of model or incomplete files."
+    settings, weights = read_checkpoint(source)
+    model, table = assemble(minicpm_config(settings), weights, lambda at: minicpm_block(weights, at, settings))
+    return model, settings["scale_emb"] * table

@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['system_of', 'load_model', 'save_model', 'split_text', 'join_short', 'arriving_pieces', 'Speech', 'Prompt', 'Given',
            'story_prompt', 'TTS', 'with_vocoder', 'codec_of', 'voice_id', 'encode_prompt', 'begin_with', 'context',
-           'samples_of', 'stream_piece', 'draw', 'as_speech', 'say']
+           'samples_of', 'stream_pieces', 'stream_sounds', 'draw', 'as_speech', 'say']
 
 # %% ../nbs/11b_tts.ipynb #d6e3383c
 import importlib
 import json
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from .audio import resample, save_audio
 from .core import CourseError
 from .corpus import decode, load_corpus
 from .neural import config_from_dict, digest_of, find_checkpoint, read_released, write_released
-from .text import TextTokenizer, normalise
+from .text import SPACE, TextTokenizer, normalise
 from .vocoder import Codec, MelCodec
 from .wavevae import load_codec
 
@@ -115,13 +116,13 @@ class Prompt:
     "A recording to go on from: what follows has its voice."
     wav: Tensor  # [T] samples
     rate: int  # Hz
-    text: str  # what it says, word for word
+    text: str  # what it says, word for word; empty: only its voice is wanted (for systems that can, see ARDM.clones)
 
 
 @dataclass
 class Given:
     "What a piece of text begins with."
-    speaker: int  # voice id
+    speaker: int | Tensor  # voice id, or what else the system embeds
     text: str  # of the prompt, normalised; empty: no prompt
     patches: Tensor  # [N, P, D] of the prompt, perhaps none
 
@@ -162,10 +163,11 @@ class TTS(ModelHubMixin):
         "Write a checkpoint; a failure leaves the old files as they were."
         save_model(self.model, Path(folder))
 
-    def stream(self, text: str | Iterable[str], voice: str | None = None, prompt: Prompt | None = None, **options) -> Iterator[Tensor]:
-        "Speak while the text is still arriving; yields [T] samples as soon as they are final. Options as in `draw`."
+    def stream(self, text: str | Iterable[str] | AsyncIterable[str], voice: str | None = None, prompt: Prompt | None = None, **options) -> Iterator[Tensor] | AsyncIterator[Tensor]:
+        "Speak while the text is still arriving, word by word; yields [T] samples as soon as they are final, as an async iterator if the text is one. Options as in `draw`."
         given = begin_with(self, voice, prompt)
-        for piece in arriving_pieces(text): yield from stream_piece(self, piece, given, **options)
+        if not self.model.config.interleave and not isinstance(text, AsyncIterable): return stream_pieces(self, text, given, **options)
+        return importlib.import_module("ardm_course.streaming").stream(self, text, given, **options)  # notebook 17
 
     def __call__(self, text: str, voice: str | None = None, prompt: Prompt | None = None, **options) -> Speech:
         "Speak a text in a voice, or go on from a recording. Options as in `draw`; raises CourseError for a text that cannot be spoken."
@@ -211,7 +213,7 @@ def encode_prompt(
     wav = resample(prompt.wav, prompt.rate, codec.sample_rate)
     if wav.ndim != 1 or not torch.isfinite(wav).all(): raise CourseError("A prompt is one channel of finite samples, [T]. Load it with load_audio.")
     if not 0.5 <= len(wav) / codec.sample_rate <= longest: raise CourseError(f"The prompt lasts {len(wav) / codec.sample_rate:.1f} s. Give 0.5 to {longest:g} s, best three to six.")
-    if not re.search(r"\w", prompt.text): raise CourseError("The prompt has no text. Write down what its recording says, word for word.")
+    if not re.search(r"\w", prompt.text) and not (tts.model.clones and not prompt.text): raise CourseError("The prompt has no text. Write down what its recording says, word for word.")
     whole = round(codec.sample_rate / codec.frame_rate) * shape.patch  # samples of a patch
     with torch.no_grad(): latents = codec.encode(F.pad(wav, (-len(wav) % whole, 0))[None])[0]
     return latents.view(-1, shape.patch, shape.latent_dim)
@@ -226,7 +228,9 @@ def begin_with(
     config = tts.model.config
     if prompt:
         patches = encode_prompt(tts, prompt)
-        return Given(0, normalise(prompt.text), patches)
+        voice = tts.model.voice_of(patches, prompt.wav, prompt.rate)
+        text, patches = (normalise(prompt.text), patches) if prompt.text else ("", patches[:0])
+        return Given(voice, text, patches)
     if not config.voice: return Given(voice_id(config, voice), "", torch.zeros(0, config.head.patch, config.head.latent_dim))
     name = voice or config.voice
     if name not in tts.begun: tts.begun[name] = begin_with(tts, prompt=story_prompt(name))
@@ -245,18 +249,27 @@ def context(
 def samples_of(tts: "TTS", latents: Tensor) -> int: return round(len(latents) * tts.codec.sample_rate / tts.codec.frame_rate)  # [frames, D]
 
 
-def stream_piece(
+def stream_pieces(
     tts: "TTS",
-    text: str,  # one piece
+    text: str | Iterable[str],  # a text, or words that arrive one by one
     given: Given,
     **options,  # as in `draw`
 ) -> Iterator[Tensor]:  # [T] samples
-    "Speak one piece; every sound leaves as soon as it is final."
+    "Speak piece by piece: a model that reads text first must wait for the end of a sentence."
+    for piece in arriving_pieces(text): yield from stream_sounds(tts, draw(tts, piece, given, **options), given)
+
+
+def stream_sounds(
+    tts: "TTS",
+    patches: Iterable[Drawn],  # of one piece, perhaps still being drawn
+    given: Given,
+) -> Iterator[Tensor]:  # [T] samples
+    "Decode patch by patch; every sound leaves as soon as it is final."
     stream, before = tts.codec.stream(), context(tts, given)
     skip = samples_of(tts, before)
     def sounds():
         if len(before): yield stream.push(before[None])[0]
-        for drawn in draw(tts, text, given, **options): yield stream.push(drawn.patch[None])[0]
+        for drawn in patches: yield stream.push(drawn.patch[None])[0]
         yield stream.finish()[0]
     for sound in sounds():
         if len(sound) > skip: yield sound[skip:]  # nothing yet while the vocoder fills, or while the prompt passes
@@ -265,18 +278,21 @@ def stream_piece(
 # %% ../nbs/11b_tts.ipynb #ccd22a4a
 def draw(
     tts: TTS,
-    text: str,  # one piece of text
+    text: str | Iterable[int],  # one piece of text, or its tokens while they arrive
     given: Given | None = None,  # voice and prompt, from `begin_with`; None: the checkpoint's own
     guidance: float = 2.0,  # w in u + w (c - u)
     steps: int = 10,  # sampler steps per patch
     temperature: float = 0.5,  # of the noise that every patch starts from; 1 is what training saw, less is clearer and more even
     seed: int = 0,  # same seed, same speech
     threshold: float = 0.5,  # stop when the stop head says more than this
+    speak: Callable[..., Iterator[Drawn]] | None = None,  # draws patches from tokens; None: the model's own `draw`
 ) -> Iterator[Drawn]:
     "Draw the patches of one piece of text."
     given = given or begin_with(tts)
-    tokens, generator = torch.tensor(tts.tokenizer.encode(f"{given.text} {text}".strip())), torch.Generator().manual_seed(seed)
-    return tts.model.draw(tokens, speaker=given.speaker, prompt=given.patches, guidance=guidance, steps=steps,
+    if isinstance(text, str): tokens = torch.tensor(tts.tokenizer.encode(f"{given.text} {text}".strip()))
+    else: tokens = chain([*tts.tokenizer.encode(given.text)[:-1], SPACE], text) if given.text else text
+    generator = torch.Generator().manual_seed(seed)
+    return (speak or tts.model.draw)(tokens, speaker=given.speaker, prompt=given.patches, guidance=guidance, steps=steps,
                           temperature=temperature, generator=generator, threshold=threshold)
 
 # %% ../nbs/11b_tts.ipynb #08d08cee

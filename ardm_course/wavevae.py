@@ -285,7 +285,7 @@ def codec_recipe(
     raise CourseError(f"There is no codec recipe {name!r}. Recipes: {', '.join(CODEC_RECIPES)}.")
 
 # %% ../nbs/06_wavevae.ipynb #6e428d85
-BUILT = {"open": "open", "voices": "voices", "many": "voices --hours 3"} # name of a built corpus: what `ardm-course data build` is told
+BUILT = {"open": "open", "voices": "voices", "many": "voices --hours 3", "choir": "choir"} # name of a built corpus: what `ardm-course data build` is told
 
 
 def built_corpus(

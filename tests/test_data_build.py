@@ -11,7 +11,7 @@ import torch
 
 from ardm_course.core import CourseError, data_dir
 from ardm_course.corpus import decode, load_corpus, load_phones, statistics
-from ardm_course.data_build import (DRAWN, NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
+from ardm_course.data_build import (CHOIR, DRAWN, NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
                                     easiest_first, encode_audio, estimated_seconds, expand, held_out, make_row, move_pitch,
                                     move_spectrum, ogg_checksum, plan, read_grammar, read_texts, recordings, same_ogg,
                                     sentence_key, speak, speakable, texts_dir, voice_of)
@@ -90,6 +90,17 @@ def test_voices_of_dev_and_test_are_never_trained_on():
     assert longer["train-00000-of-00002"] + longer["train-00001-of-00002"] == files["train-00000-of-00001"] + [
         item for stem in longer if "train" in stem for item in longer[stem] if int(item.speaker[1:]) >= 56]
     assert {item.speaker for item in plan("voices", hours=0.001)["train-00000-of-00001"]} == {"v008"}
+
+
+def test_the_choir_sings_every_sentence_once():
+    files = plan("choir", hours=0.5)
+    items = [item for items in files.values() for item in items]
+    texts = [sentence_key(item.text) for item in items]
+    kept = {sentence_key(item.text) for split in ("test", "dev") for item in plan("phrases")[split]}
+    assert len(set(texts)) == len(texts) and not kept & set(texts) and len({item.id for item in items}) == len(items)
+    speakers = {stem: {item.speaker for item in items} for stem, items in files.items()}
+    assert speakers["train-00000-of-00001"] == speakers["test"] == speakers["dev"] == set(CHOIR)
+    assert len(speakers["unseen"]) == 4 and not speakers["unseen"] & set(CHOIR)
 
 
 def test_a_voice_follows_from_its_number():

@@ -8,7 +8,7 @@ from ardm_course import recipes
 from ardm_course.audio import save_audio
 from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
-from ardm_course.recipes import RECIPES, corpus_sources, held_out, prepare, recipe, speak_row, toy_shape, train
+from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, prepare, recipe, speak_row, toy_shape, train
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +87,20 @@ def test_without_whisper_a_small_recogniser_teaches(monkeypatch):
     monkeypatch.setattr(recipes, "train_recogniser", lambda rows, phones: whole(rows, phones, steps=3, count=6))
     item = prepare(recipe("toy"), limit=6).train[0]
     assert item.teacher.shape == (len(item.patches), 4, 128)
+
+
+def test_a_training_starts_from_a_checkpoint(tmp_path, monkeypatch):
+    "It begins with the checkpoint's weights, latents and positions; another shape is refused."
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe("toy-unaligned"), model=toy_shape(48, 1, 1)))
+    options = {"warmup": 1, "batch_frames": 600, "minutes": None, "validate_every": 100, "checkpoint_every": 100}
+    data = prepare(RECIPES["tiny"], limit=4)
+    first, _ = train("tiny", tmp_path / "first", data=data, steps=2, **options)
+    start = tmp_path / "first" / "model"
+    config = continued(replace(RECIPES["tiny"].model, history_noise=0.3), start)
+    assert config.codec == data.config.codec and config.tokens_per_patch == data.config.tokens_per_patch and config.history_noise == 0.3
+    again = prepare(replace(RECIPES["tiny"], model=config), limit=4)
+    assert torch.equal(again.train[0].patches, data.train[0].patches)
+    second, history = train("tiny", tmp_path / "second", data=again, start=start, steps=1, learning_rate=0.0, **options)
+    assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()))
+    monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], model=toy_shape(96, 1, 1)))
+    with pytest.raises(CourseError, match="another shape"): train("tiny", tmp_path / "third", start=start, data=replace(again, config=toy_shape(96, 1, 1)), **options)

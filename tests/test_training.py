@@ -164,6 +164,26 @@ def test_fit_equals_a_plain_loop(tmp_path):
         assert torch.allclose(ours, theirs, atol=1e-6)
 
 
+def test_the_decay_takes_more_batches(tmp_path):
+    "Twice the frames per step in the last part of a wsd run, none twice; and it resumes like any other run."
+    plans = {"steps": 20, "decay_share": 0.5, "log_every": 1, "checkpoint_every": 7}
+    frames = {}
+    for times in (1, 3):
+        trainer = trainer_for(tmp_path / str(times), decay_batches=times, **plans)
+        frames[times] = curve(trainer.fit(), "frames")[1]
+        stream = batch_stream(trainer.data.lengths, trainer.config, TrainState())
+        taken = [sum(trainer.data.lengths[i] for i in next(stream)) for _ in range(11 + 9 * times)]
+        assert frames[times][-1] == sum(taken)
+    assert frames[1][:11] == frames[3][:11] and frames[3][-1] > 1.5 * frames[1][-1]
+    for stop in (9, 15):
+        trainer = trainer_for(tmp_path / "left", decay_batches=3, **plans)
+        for _ in training_steps(trainer):
+            if trainer.state.step == stop: break
+    again = trainer_for(tmp_path / "left", decay_batches=3, **plans)
+    again.fit()
+    assert curve(again.history, "frames")[1] == frames[3]
+
+
 def test_log_and_validation(tmp_path):
     moments = []
     class Watch(Callback):

@@ -18,7 +18,8 @@ from ardm_course.voxcpm import Guard, LocEnc, VoxCPMConfig, collect_states, draw
 
 STRUCTURES = {"whole": {}, "no grid, no residual": {"grid": 0, "residual_layers": 0}, "deeper": {"grid": 0, "residual_layers": 0, "backbone": TransformerConfig(32, 3, 2, 2, 64)},
               "deaf residual": {"residual_hears": False}, "no residual": {"residual_layers": 0}}
-VARIANTS = STRUCTURES | {"no grid": {"grid": 0}, "time in a token": {"time_token": True}}
+VARIANTS = STRUCTURES | {"no grid": {"grid": 0}, "time in a token": {"time_token": True}, "token alone": {"flat": False},
+                         "version 2": {"concat": True, "residual_rope": False, "flat": False, "time_token": True, "apart": True, "encoder": TransformerConfig(32, 1, 2, 2, 64, causal=False, head_dim=24)}}
 
 
 def shape(**fields):
@@ -84,8 +85,11 @@ def test_it_trains(name):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_head_learns_how_wide_its_condition_is(name):
-    config = shape(**VARIANTS[name])
-    assert config.head.cond_dim == 32 * (2 if config.residual_layers else 1) == states_of(make(config), speech())[0].shape[1]
+    model = make(shape(**VARIANTS[name]))
+    states, width = states_of(model, speech())[0], model.config.head.cond_dim
+    assert width == 32 * (2 if model.config.residual_layers else 1) == states.shape[1] - 32
+    moved = torch.cat([states[:, :width], 1 + states[:, width:]], -1)
+    with torch.no_grad(): assert torch.equal(model.head.token(states), model.head.token(moved)) and not torch.equal(model.head.token(states), model.head.token(1 + states))
 
 
 def test_text_passes_as_it_is_and_patches_are_rounded():
@@ -119,13 +123,25 @@ def test_the_stop_head_reads_the_plan_only():
     assert model.grid.down.weight.grad.any() and model.backbone.blocks[0].attention.qkv.weight.grad.any()
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_alignment_reads_the_states_before_the_grid(name):
+    model, u = make(shape(**VARIANTS[name])), replace(speech(), teacher=torch.ones(7, 1, 3))
+    batch, asked = model.fold([u]), []
+    model.alignment = lambda states, teacher: (asked.append(states), states.square().mean())[1]
+    model(batch)["alignment"].backward()
+    x, _ = embed(model, batch.tokens, batch.speakers, batch.patches, batch.gather)
+    with torch.no_grad(): torch.testing.assert_close(asked[0], model.backbone(x, batch.positions)[0, batch.state], atol=1e-6, rtol=1e-5)
+    assert all(p.grad is None or not p.grad.any() for part in (model.grid, model.residual, model.head) if part is not None for p in part.parameters())
+    assert model.backbone.blocks[0].attention.qkv.weight.grad.any() and model.aggregator.frames.weight.grad.any()
+
+
 def test_a_deaf_residual_hears_no_patch_but_through_the_plan():
     model = make(shape(residual_hears=False))
     heard, x, y = torch.ones(1, 3, dtype=torch.bool), torch.randn(1, 3, 32), torch.randn(1, 3, 32)
     model.grid.forward = lambda told: torch.zeros_like(told)
-    with torch.no_grad(): assert torch.equal(model.think(x, torch.arange(3), heard), model.think(y, torch.arange(3), heard))
+    with torch.no_grad(): assert torch.equal(model.think(x, torch.arange(3), heard)[..., :64], model.think(y, torch.arange(3), heard)[..., :64])
     model.config.residual_hears = True
-    with torch.no_grad(): assert not torch.equal(model.think(x, torch.arange(3), heard), model.think(y, torch.arange(3), heard))
+    with torch.no_grad(): assert not torch.equal(model.think(x, torch.arange(3), heard)[..., :64], model.think(y, torch.arange(3), heard)[..., :64])
 
 
 # ---- parts
@@ -137,6 +153,15 @@ def test_locenc_knows_order_and_keeps_patches_apart():
         assert not torch.allclose(encoder(patches), encoder(patches.flip(1)), atol=1e-3)
         torch.testing.assert_close(encoder(patches), torch.cat([encoder(p[None]) for p in patches]), atol=1e-5, rtol=1e-4)
         assert encoder(patches[:0]).shape == (0, 32)
+
+
+def test_the_flat_layer_adds_what_one_matrix_says_of_the_whole_patch():
+    torch.manual_seed(0)
+    both, patches = LocEnc(shape().encoder, 64, 32, 4), torch.randn(5, 4, 64)
+    alone = LocEnc(shape().encoder, 64, 32)
+    alone.load_state_dict({name: weight for name, weight in both.state_dict().items() if not name.startswith("flat")})
+    with torch.no_grad(): torch.testing.assert_close(both(patches) - alone(patches), patches.flatten(1) @ both.flat.weight.T, atol=1e-5, rtol=1e-4)
+    assert count_parameters(both) - count_parameters(alone) == 4 * 64 * 32 and VoxCPMConfig().flat and both(patches[:0]).shape == (0, 32)
 
 
 def test_time_in_a_token():
@@ -151,9 +176,65 @@ def test_time_in_a_token():
 def test_published_size():
     with torch.device("meta"):
         paper = VoxCPMConfig(vocabulary=73448, backbone=TransformerConfig(1024, 24, 16, 2, 4096), head=HeadConfig(latent_dim=64, patch=2, width=1024, layers=4, heads=16, hidden=4096),
-                             encoder=TransformerConfig(1024, 4, 16, 2, 4096, causal=False), grid=256, residual_layers=6, time_token=True).build()
+                             encoder=TransformerConfig(1024, 4, 16, 2, 4096, causal=False), grid=256, residual_layers=6, flat=False, time_token=True).build()
     parts = [paper.text, paper.backbone, paper.residual, paper.aggregator.net, paper.head.net.net]
     assert [round(count_parameters(part) / 1e6, 1) for part in parts] == [75.2, 358.7, 89.7, 59.8, 59.8] and round(sum(map(count_parameters, parts)) / 1e6) == 643
+
+
+def test_published_size_of_version_2():
+    with torch.device("meta"):
+        paper = VoxCPMConfig(vocabulary=73448, backbone=TransformerConfig(2048, 28, 16, 2, 6144), head=HeadConfig(latent_dim=64, patch=4, width=1024, layers=12, heads=16, hidden=4096),
+                             encoder=TransformerConfig(1024, 12, 16, 2, 4096, causal=False, head_dim=128), grid=512, residual_layers=8, concat=True, residual_rope=False, flat=False,
+                             time_token=True, apart=True).build()
+    parts = {"text": (paper.text, 150), "TSLM": (paper.backbone, 1321), "RALM": (paper.residual, 377), "LocEnc": (paper.aggregator.net, 208), "LocDiT": (paper.head.net.net, 208)}
+    for name, (part, millions) in parts.items(): assert count_parameters(part) / 1e6 == pytest.approx(millions, abs=0.6), name
+    large = sum(count_parameters(part) for part, _ in parts.values())
+    assert round(large / 1e9, 2) == 2.26
+    H, W, grid = 2048, 1024, 512  # what else there is, by name
+    others = {"join": 2 * H * H + H, "grid": 2 * H * grid + grid + H, "stop": H * H + H + H + 1, "LocEnc's ends": 64 * W + W + W + W * H + H, "two conditions": 2 * (H * W + W), "null": 2 * W,
+              "time": 2 * (W * W + W), "patches in and out": 2 * (64 * W + W) + W * 64 + 64, "slots and a voice": 8 * H}
+    assert count_parameters(paper) - large == sum(others.values())
+
+
+@pytest.mark.parametrize("wrong", [{"residual_layers": 0, "time_token": True}, {"time_token": False}])
+def test_three_tokens_need_what_they_carry(wrong):
+    with pytest.raises(CourseError, match="apart"): shape(apart=True, **wrong)
+
+
+def test_version_2_reads_plan_residual_and_time_apart():
+    model = make(shape(time_token=True, apart=True))
+    seen, net = [], model.head.net
+    net.net.register_forward_hook(lambda part, inputs, out: seen.append(inputs[0]))
+    states, history, t = torch.randn(2, 96), torch.randn(2, 4, 64), torch.tensor([0.3, 0.3])
+    with torch.no_grad():
+        token = model.head.token(states)
+        net(torch.randn(2, 4, 64), net.modulations(t, token), token, net.past(history))
+        plan, residual, time = seen[0][:, :3].unbind(1)
+        torch.testing.assert_close(plan, net.cond.plan(states[:, :32]), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(residual, net.cond.residual(states[:, 32:64]), atol=1e-6, rtol=1e-5)
+        assert seen[0].shape == (2, 11, 32) and torch.equal(time[0], time[1]) and not torch.equal(plan[0], plan[1])
+
+
+def test_joined_by_one_matrix():
+    model, u = make(shape(concat=True)), speech()
+    batch, heard_by = model.fold([u]), []
+    model.residual.register_forward_hook(lambda part, inputs, out: heard_by.append(inputs[0]))
+    x, heard = embed(model, batch.tokens, batch.speakers, batch.patches, batch.gather)
+    with torch.no_grad():
+        planned = model.think(x, batch.positions, heard)[..., :32]
+        torch.testing.assert_close(heard_by[0], torch.cat([planned, x * heard[..., None]], -1) @ model.join.weight.T + model.join.bias, atol=1e-5, rtol=1e-4)
+
+
+def test_a_residual_without_positions_knows_order_only_by_what_it_may_see():
+    model, x, heard = make(shape(residual_rope=False, residual_layers=1, grid=0)), torch.randn(1, 6, 32), torch.ones(1, 6, dtype=torch.bool)
+    apart, seen = [0, 3, 1, 2, 4, 5], []
+    model.backbone = torch.nn.Module()
+    model.backbone.forward = lambda x, positions, cache: x
+    with torch.no_grad():
+        for order in ([*range(6)], apart): seen.append(model.think(x[:, order], torch.arange(6), heard)[0, -1, 32:64])
+        torch.testing.assert_close(*seen, atol=1e-5, rtol=1e-4)
+        model.config.residual_rope = True
+        assert not torch.allclose(model.think(x[:, apart], torch.arange(6), heard)[0, -1, 32:64], seen[0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -339,7 +420,15 @@ def test_collected_states(name):
     assert list(found.parts) == ["LocEnc", "TSLM"] + ["FSQ"] * bool(model.config.grid) + ["RALM"] * bool(model.config.residual_layers)
     assert found.utterance.tolist() == [0] * 6 + [1] and found.patch.tolist() == [*range(6), 0] and all(len(part) == 7 for part in found.parts.values())
     with torch.no_grad(): torch.testing.assert_close(found.parts["LocEnc"][:6], model.aggregator(several[0].patches[:6]), atol=1e-5, rtol=1e-4)
-    if "RALM" in found.parts: torch.testing.assert_close(found.parts["RALM"][:6], states_of(model, several[0])[0][1:, 32:], atol=1e-5, rtol=1e-4)
+    if "RALM" in found.parts: torch.testing.assert_close(found.parts["RALM"][:6], states_of(model, several[0])[0][1:, 32:64], atol=1e-5, rtol=1e-4)
+
+
+def test_states_are_collected_in_one_pass():
+    model, calls = make(), []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    found = collect_states(model, [speech()])
+    assert len(calls) == 1
+    torch.testing.assert_close(found.parts["TSLM"], model.aligned(states_of(model, speech())[0])[1:], atol=1e-5, rtol=1e-4)
 
 
 def test_a_probe_finds_what_is_there_and_only_that():
