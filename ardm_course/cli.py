@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_doctor', 'run_build', 'run_info', 'wrong_files',
-           'unreadable_rows', 'run_check', 'run_train', 'spoken_prompt', 'run_speak', 'sentences', 'spoken',
-           'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median', 'seconds_of', 'RandomSpeech',
-           'training_speed', 'run_bench_train', 'save_bench', 'speaker_named', 'generate_without_cache',
+           'unreadable_rows', 'run_check', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve', 'sentences',
+           'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median', 'seconds_of',
+           'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named', 'generate_without_cache',
            'generation_times', 'run_bench_generate', 'run_bench_original', 'listed_texts', 'text_beside', 'files_of',
            'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times', 'save_sounds', 'resynthesised',
            'known_text', 'NoisyCodec', 'load_codecs', 'print_versions', 'run_resynthesise', 'speaking_options',
-           'add_data', 'add_model', 'add_measure', 'add_resynthesise', 'make_parser', 'main']
+           'add_data', 'add_model', 'add_serve', 'add_measure', 'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -137,13 +137,13 @@ def spoken_prompt(
     path: Path | None,  # of a recording
     text: str | None,  # what it says
 ): # Prompt or None
-    "A recording to go on from. Raises CourseError if only one of the two is given."
+    "A recording to go on from, or without its text a voice to speak with. Raises CourseError for a text without recording."
     from ardm_course.audio import load_audio
     from ardm_course.core import CourseError
     from ardm_course.tts import Prompt
     if path is None and text is None: return None
-    if path is None or not text: raise CourseError("A prompt is a recording and what it says. Give --prompt FILE and --prompt-text TEXT together.")
-    return Prompt(load_audio(path, 24000), 24000, text)
+    if path is None: raise CourseError("There is a text of a prompt, and no prompt. Give its recording with --prompt FILE.")
+    return Prompt(load_audio(path, 24000), 24000, text or "")
 
 
 def run_speak(args: argparse.Namespace) -> None:
@@ -157,28 +157,48 @@ def run_speak(args: argparse.Namespace) -> None:
     print(f"{args.out}: {timings['audio_s']:.2f} s of speech in {timings['total_s']:.2f} s "
           f"(real-time factor {timings['rtf']:.2f}), ended by: {speech.stop_reason}")
 
+# %% ../nbs/appendix/cli.ipynb #01866036
+def run_serve(args: argparse.Namespace) -> None:
+    "ardm-course serve"
+    from ardm_course.page import open_studio, serve
+    serve(open_studio(args.names), args.host, args.port)
+
 # %% ../nbs/appendix/cli.ipynb #524c3829
-def sentences(args: argparse.Namespace) -> tuple[dict, str | None]: # text -> recording [T] at 24 kHz or None; what the recordings are
+def sentences(args: argparse.Namespace) -> tuple[dict, str | None, dict[str, str]]: # text -> recording [T] at 24 kHz or None; what the recordings are; text -> who speaks
     "What to say, and how it should sound: a corpus with its recordings, or a file whose lines the synthesiser reads if it is installed."
     from itertools import islice
     from ardm_course.corpus import decode, load_corpus
     from ardm_course.data_build import speak, texts_dir
     from ardm_course.text import has_g2p, normalise
     if args.corpus:
-        rows = islice(load_corpus(args.corpus, args.split), args.limit)
-        return {row["text_normalized"]: decode(row) for row in rows}, f"recordings of {args.corpus}, {args.split}"
+        rows = {row["text_normalized"]: row for row in islice(load_corpus(args.corpus, args.split), args.limit)}
+        return {text: decode(row) for text, row in rows.items()}, f"recordings of {args.corpus}, {args.split}", {text: row["speaker_id"] for text, row in rows.items()}
     lines = (args.sentences or texts_dir() / "unseen.txt").read_text(encoding="utf-8").splitlines()
     texts = [line.strip() for line in lines if line.strip()][:args.limit]
     if not has_g2p():
-        return dict.fromkeys(texts), None
-    return {text: speak(normalise(text)).wav for text in texts}, "hibari-tts, voice 4001 of the embedded corpora"
+        return dict.fromkeys(texts), None, {}
+    return {text: speak(normalise(text)).wav for text in texts}, "hibari-tts, voice 4001 of the embedded corpora", {}
+
+
+def manner(
+    tts,
+    text: str,
+    real: dict, # text -> recording
+    voices: dict[str, str], # text -> who speaks
+) -> dict: # options of tts
+    "In whose voice: the recording's own, if the checkpoint knows it; a system that hears voices listens to another recording of a stranger."
+    from ardm_course.tts import Prompt
+    speaker = voices.get(text)
+    if speaker in tts.model.config.speakers: return {"voice": speaker}
+    others = [other for other in voices if voices[other] == speaker and other != text]
+    return {"prompt": Prompt(real[others[0]], 24000, "")} if tts.model.clones and others else {}
 
 # %% ../nbs/appendix/cli.ipynb #33d94e0c
-def spoken(tts, texts: Iterable[str], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
-    "Speak all texts once per seed."
+def spoken(tts, texts: dict[str, dict], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
+    "Speak all texts, each with its own options, once per seed."
     speeches = []
     for seed in range(seeds):
-        speeches += [tts(text, seed=seed, **options) for text in texts]
+        speeches += [tts(text, seed=seed, **{**options, **own}) for text, own in texts.items()]
         print(f"seed {seed}: spoken", flush=True)
     return speeches
 
@@ -232,12 +252,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
     from ardm_course.report import environment, write_json
     from ardm_course.tts import TTS, story_prompt
     options = {"voice": args.voice, "guidance": args.guidance, "steps": args.steps, "temperature": args.temperature, "threshold": args.threshold}
-    tts, (real, origin) = TTS.from_pretrained(args.name, args.vocoder), sentences(args)
+    tts, (real, origin, voices) = TTS.from_pretrained(args.name, args.vocoder), sentences(args)
     if not real:
         raise CourseError("There is no sentence to speak. Give a file with one sentence a line.")
     prompted = tts.model.config.voice and (args.voice or tts.model.config.voice)
     like = resample(story_prompt(prompted).wav, 24000, tts.codec.sample_rate) if prompted else None
-    speeches = spoken(tts, real, args.seeds, **options)
+    speeches = spoken(tts, {text: {} if args.voice else manner(tts, text, real, voices) for text in real}, args.seeds, **options)
     with torch.no_grad():
         found = evaluation_rows(tts, speeches, real, like)
     rtf = real_time_factor(*(sum(speech.timings[name] for speech in speeches) for name in ("total_s", "audio_s")))
@@ -684,10 +704,19 @@ def add_model(commands) -> None:
     speak.add_argument("text", help="what to say; - reads it from standard input")
     speak.add_argument("--checkpoint", default="ditar-toy", help="released name, folder, or hub id (default: %(default)s)")
     speak.add_argument("--seed", type=int, default=0, help="same seed, same speech (default: %(default)s)")
-    speak.add_argument("--prompt", type=Path, help="a recording of three to six seconds to go on from, in its voice")
-    speak.add_argument("--prompt-text", help="what the recording says, word for word")
+    speak.add_argument("--prompt", type=Path, help="a recording of three to six seconds to speak in the voice of")
+    speak.add_argument("--prompt-text", help="what the recording says, word for word (a system that hears voices, such as mela-toy, needs none)")
     speak.add_argument("--out", type=Path, required=True, help="file to write: .wav, .flac or .ogg")
     speaking_options(speak)
+
+# %% ../nbs/appendix/cli.ipynb #a16d3cc0
+def add_serve(commands) -> None:
+    "serve"
+    parser = command(commands, "serve", run_serve, "A local page to talk to: type, and hear it while you type.",
+                     "serve\nserve ditar-toy --port 9000\nserve runs/train-toy/model")
+    parser.add_argument("names", nargs="*", help="checkpoints to choose from: released names, or folders (default: every released system)")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any other than this machine's own is open to the network (default: %(default)s)")
+    parser.add_argument("--port", type=at_least(int, 0), default=8765, help="0 takes a free one (default: %(default)s)")
 
 # %% ../nbs/appendix/cli.ipynb #e596ef69
 def add_measure(commands) -> None:
@@ -744,7 +773,7 @@ def make_parser() -> argparse.ArgumentParser:
                                      epilog="`ardm-course COMMAND --help` has examples. ARDM_DATA and ARDM_CACHE move data and cache.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (add_data, add_model, add_measure, add_resynthesise):
+    for add in (add_data, add_model, add_serve, add_measure, add_resynthesise):
         add(commands)
     return parser
 

@@ -31,6 +31,7 @@ class HeadConfig:
     history: bool = True  # show the previous patch to the head
     path: str = "linear"  # linear or cosine
     target: str = "v"  # v, x0 or eps
+    solver: str = "euler"  # euler, ddim or dpm2: those that ask once per step
     time_mean: float = 0.0  # of the logit-normal time distribution
     time_std: float = 1.0  # of the same
     cond_dropout: float = 0.1  # share of training patches that see no condition, for guidance
@@ -165,7 +166,7 @@ def sample_patches(
     grid: str = "cosine",  # a kind of `time_grid`
     zero_star: bool = False,  # VoxCPM's CFG-Zero*: fit the free half to the guided one, and leave the first steps out
 ) -> Tensor:  # [S, P, D]
-    "Draw one patch per condition: DDIM from noise to data, which is Euler on the straight path."
+    "Draw one patch per condition: from noise to data, with one network call per step."
     net, times, token, rows = head.net, time_grid(steps, grid)[zero_star_steps(steps) if zero_star else 0:], head.token(cond), history
     if guidance != 1:
         token, rows = torch.cat([token, net.null.expand(len(cond), -1)]), torch.cat([history, history])
@@ -174,4 +175,4 @@ def sample_patches(
     ready = iter(prepare(net, times.to(token.device), token))  # the solver asks once per step, in this order
     predict = guided(lambda xt, t: net(xt, next(ready), token, past), guidance, zero_star)
     x1 = temperature * noise_like(history.float(), generator).to(token)  # one seed, one noise, whatever the precision
-    return sample(predict, x1, head.path, head.config.target, "euler" if head.config.path == "linear" else "ddim", times)  # on the straight path DDIM is Euler
+    return sample(predict, x1, head.path, head.config.target, head.config.solver, times)

@@ -253,7 +253,8 @@ def prepare(
     train, dev = (first_rows(open_split(recipe, sources, split), limit) for split in recipe.splits[:2])
     sample = some_speech(train, 100)
     codec, described = make_codec(recipe, sample)
-    config = replace(recipe.model, codec=described, speakers=recipe.model.speakers or (tuple(sorted(set(train["speaker_id"]))) if recipe.voices else ()))
+    names = tuple(sorted(set(train["speaker_id"]))) if recipe.voices and not recipe.model.codec else recipe.model.speakers  # a checkpoint brings its own
+    config = replace(recipe.model, codec=described, speakers=names)
     phones = phones_of(sources) if recipe.teacher == "phones" or config.text.kind == "phonemes" else None
     teacher, data = find_teacher(recipe, sources, train), []
     for rows in (train, dev):

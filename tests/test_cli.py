@@ -63,7 +63,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
     assert out.stdout.rstrip().endswith("[]") and "ardm-course COMMAND --help" in out.stdout
 
 
-@pytest.mark.parametrize("words", [[], ["doctor"], ["data"], ["data", "build"], ["data", "check"], ["data", "info"], ["train"], ["speak"],
+@pytest.mark.parametrize("words", [[], ["doctor"], ["data"], ["data", "build"], ["data", "check"], ["data", "info"], ["train"], ["speak"], ["serve"],
                                    ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"]])
 def test_every_command_has_a_help_text(words, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -73,7 +73,7 @@ def test_every_command_has_a_help_text(words, capsys):
 
 
 @pytest.mark.parametrize("words", [[], ["sing"], ["data"], ["speak", "Hello."], ["train", "toy", "--steps", "0"], ["bench", "generate", "--repeats", "x"],
-                                   ["evaluate", "a", "--sentences", "b", "--corpus", "c"], ["resynthesise", "a"], ["resynthesise", "a", "--out", "b", "--limit", "0"]])
+                                   ["serve", "--port", "-1"], ["evaluate", "a", "--sentences", "b", "--corpus", "c"], ["resynthesise", "a"], ["resynthesise", "a", "--out", "b", "--limit", "0"]])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main(words)
@@ -82,7 +82,7 @@ def test_wrong_words_are_refused(words, capsys):
 
 @pytest.mark.parametrize("words", [["speak", "Hello.", "--checkpoint", "absent", "--out", "a.wav"], ["train", "absent"], ["data", "info", "absent"],
                                    ["data", "build", "absent"], ["bench", "train", "absent"], ["bench", "generate", "absent"],
-                                   ["evaluate", "absent"], ["resynthesise", "absent", "--codec", "griffin-lim", "--out", "out"],
+                                   ["evaluate", "absent"], ["serve", "absent"], ["resynthesise", "absent", "--codec", "griffin-lim", "--out", "out"],
                                    ["resynthesise", "absent.wav", "--codec", "griffin-lim", "--out", "out"],
                                    ["resynthesise", "librivox", "--codec", "absent", "--out", "out"]])
 def test_errors_are_one_line(words, capsys):

@@ -11,10 +11,10 @@ from ardm_course.ardm import Drawn, Utterance, begin, embed, head_inputs, read
 from ardm_course.core import CourseError, count_parameters
 from ardm_course.locdit import HeadConfig
 from ardm_course.neural import digest_of, find_checkpoint
-from ardm_course.transformer import TransformerConfig
+from ardm_course.transformer import Transformer, TransformerConfig
 from ardm_course.tts import TTS, Prompt, begin_with, context, draw, encode_prompt, load_model, save_model
 from ardm_course.vocoder import MelCodec, MelCodecConfig
-from ardm_course.voxcpm import Guard, LocEnc, VoxCPMConfig, collect_states, draw_guarded, ending, linear_probe, speak_safely, until_good
+from ardm_course.voxcpm import Guard, LocEnc, VoxCPMConfig, collect_states, draw_guarded, ending, linear_probe, speak_safely, start_from, until_good
 
 STRUCTURES = {"whole": {}, "no grid, no residual": {"grid": 0, "residual_layers": 0}, "deeper": {"grid": 0, "residual_layers": 0, "backbone": TransformerConfig(32, 3, 2, 2, 64)},
               "deaf residual": {"residual_hears": False}, "no residual": {"residual_layers": 0}}
@@ -194,6 +194,21 @@ def test_published_size_of_version_2():
     others = {"join": 2 * H * H + H, "grid": 2 * H * grid + grid + H, "stop": H * H + H + H + 1, "LocEnc's ends": 64 * W + W + W + W * H + H, "two conditions": 2 * (H * W + W), "null": 2 * W,
               "time": 2 * (W * W + W), "patches in and out": 2 * (64 * W + W) + W * 64 + 64, "slots and a voice": 8 * H}
     assert count_parameters(paper) - large == sum(others.values())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_text_model_as_beginning(bias):
+    torch.manual_seed(1)
+    backbone, table = Transformer(TransformerConfig(48, 2, 4, 2, 96, 1e6, bias=bias, rope_factors=tuple(1 + k / 9 for k in range(6)))).eval(), torch.randn(70, 48)
+    model = start_from(shape(residual_layers=1), (backbone, table)).eval()
+    assert model.config.vocabulary == 70 and model.config.head.cond_dim == 96 and model.residual.config.width == 48 and len(model.residual.blocks) == 1
+    x, u = torch.randn(1, 5, 48), speech()
+    with torch.no_grad():
+        assert torch.equal(model.backbone(x), backbone(x)) and torch.equal(model.text(torch.tensor([3, 69])), table[[3, 69]])
+        state, _, _ = begin(model, u.tokens, 0, u.patches[:3], 1)
+        torch.testing.assert_close(state[0], states_of(model, u)[0][3], atol=1e-5, rtol=1e-4)
+    model.train()(model.fold([u]))["loss"].backward()
+    assert model.backbone.blocks[0].attention.qkv.weight.grad.any() and not backbone.blocks[0].attention.qkv.weight.grad
 
 
 @pytest.mark.parametrize("wrong", [{"residual_layers": 0, "time_token": True}, {"time_token": False}])
