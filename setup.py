@@ -8,7 +8,7 @@ root = Path(__file__).parent
 parser = ConfigParser(delimiters=["="])
 parser.read(root / "settings.ini", encoding="utf-8")
 cfg = parser["DEFAULT"]
-extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("eval", "data", "dev") if f"{name}_requirements" in cfg}
+extras = {name: shlex.split(cfg[f"{name}_requirements"]) for name in ("eval", "data", "serve", "dev") if f"{name}_requirements" in cfg}
 # Released checkpoints travel with the wheel; corpora stay in the repository.
 checkpoints = sorted(path for path in (root / "data" / "checkpoints").rglob("*") if path.is_file())
 data_files = [(f"share/ardm_course/{path.parent.relative_to(root / 'data').as_posix()}", [path.relative_to(root).as_posix()]) for path in checkpoints]
@@ -24,6 +24,7 @@ setup(
     license="Apache-2.0",
     url=cfg["git_url"],
     packages=find_packages(include=["ardm_course", "ardm_course.*"]),
+    package_data={"ardm_course": ["*.html"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=shlex.split(cfg["requirements"]),
     extras_require=extras,

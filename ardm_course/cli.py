@@ -7,10 +7,11 @@ __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_do
            'unreadable_rows', 'run_check', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve', 'sentences',
            'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median', 'seconds_of',
            'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named', 'generate_without_cache',
-           'generation_times', 'run_bench_generate', 'run_bench_original', 'listed_texts', 'text_beside', 'files_of',
-           'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times', 'save_sounds', 'resynthesised',
-           'known_text', 'NoisyCodec', 'load_codecs', 'print_versions', 'run_resynthesise', 'speaking_options',
-           'add_data', 'add_model', 'add_serve', 'add_measure', 'add_resynthesise', 'make_parser', 'main']
+           'generation_times', 'run_bench_generate', 'run_bench_original', 'ratio_of', 'run_bench_stream',
+           'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times',
+           'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions',
+           'run_resynthesise', 'speaking_options', 'add_data', 'add_model', 'add_serve', 'add_measure',
+           'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -295,7 +296,8 @@ class RandomSpeech:
             patches = to_patches(torch.randn(length, shape.latent_dim, generator=draw), shape.patch)
             tokens = torch.randint(2, recipe.model.vocabulary, (length * 3 // 10,), generator=draw)
             teacher = torch.randn(len(patches), 4, 384, generator=draw) if recipe.teacher else None
-            self.items.append(Utterance(tokens, patches, 0, teacher))
+            voice = torch.randn(recipe.model.speaker_dim, generator=draw) if hasattr(recipe.model, "speaker_dim") else None
+            self.items.append(Utterance(tokens, patches, 0, teacher, voice))
 
     def __len__(self) -> int: return len(self.items)
 
@@ -310,18 +312,22 @@ def training_speed(
 ) -> float: # seconds of audio per second, the median of the repeats
     "Time the real trainer's step on random data."
     import tempfile, torch
-    from ardm_course.ardm import ARDM, fold
+    from dataclasses import replace
+    from ardm_course.ardm import ARDM
+    from ardm_course.core import CourseError
     from ardm_course.recipes import recipe
     from ardm_course.repa import TimeAlignment
     from ardm_course.training import Trainer, TrainConfig, training_steps
     torch.set_num_threads(threads)
     chosen, data = recipe(name), RandomSpeech(recipe(name))
-    model = ARDM(chosen.model)
+    model = replace(chosen.model, speakers=("anybody",) if chosen.voices else ()).build()
+    if not isinstance(model, ARDM):
+        raise CourseError(f"{name} trains in stages that random data cannot stand for. Time the recipe of an ARDM, such as toy.")
     if chosen.teacher:
         model.alignment = TimeAlignment(chosen.model.backbone.width, 384)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainConfig(steps=10**6, batch_frames=chosen.training.batch_frames, learning_rate=1e-5)
-        trainer = Trainer(model, data, lambda items: fold(items, config=chosen.model), settings, folder, callbacks=())
+        trainer = Trainer(model, data, model.fold, settings, folder, callbacks=())
         loop, speeds = training_steps(trainer), []
         for _ in range(repeats + 1):
             frames = trainer.state.frames
@@ -356,8 +362,8 @@ def speaker_named(
 ):
     "A TTS to time. Raises CourseError if the name is neither."
     from dataclasses import replace
-    from ardm_course.ardm import ARDM
     from ardm_course.core import CourseError, seed_everything
+    from ardm_course.neural import digest_of, find_checkpoint
     from ardm_course.recipes import RECIPES, recipe
     from ardm_course.text import TextConfig
     from ardm_course.tts import TTS
@@ -368,7 +374,9 @@ def speaker_named(
         if name not in RECIPES:
             raise
     seed_everything(0)
-    return TTS(ARDM(replace(recipe(name).model, codec=MelCodec().to_dict(), text=TextConfig())))
+    chosen = recipe(name)
+    codec = MelCodec().to_dict() if chosen.codec == "mel" else {"checkpoint": chosen.codec, "sha256": digest_of(find_checkpoint(chosen.codec))}
+    return TTS(replace(chosen.model, codec=codec, text=TextConfig(), speakers=("anybody",) if chosen.voices else ()).build())
 
 # %% ../nbs/appendix/cli.ipynb #9b69cf00
 def generate_without_cache(
@@ -439,6 +447,33 @@ def run_bench_original(args: argparse.Namespace) -> None:
         print(f"{name + ' speedup':18} {found[f'{name}_speedup']:.2f} [{low:.2f}, {high:.2f}], without packed weights {found[f'{name}_speedup_without_packing']:.2f}")
     print("of a decode step: ", ", ".join(f"{part} {share:.0%}" for part, share in found["share_of_a_decode_step"]["ours"].items()))
     save_bench(args.json, {"bench": "original", **found})
+
+# %% ../nbs/appendix/cli.ipynb #ac2b5c23
+def ratio_of(text: str) -> tuple[int, int]: # "12:3" -> (12, 3), for argparse's `type`
+    "Read N:M."
+    try: n, m = map(int, text.split(":"))
+    except ValueError: n = 0
+    if n < 1 or m < 1: raise argparse.ArgumentTypeError(f"{text} is no ratio N:M such as 12:3")
+    return n, m
+
+
+def run_bench_stream(args: argparse.Namespace) -> None:
+    "ardm-course bench stream"
+    from dataclasses import replace
+    from itertools import cycle, islice
+    from ardm_course.data_build import texts_dir
+    from ardm_course.streaming import measure_long, measure_sentences
+    tts = speaker_named(args.name)
+    if args.ratio: tts.model.config = replace(tts.model.config, interleave=args.ratio)
+    texts = (texts_dir() / "unseen.txt").read_text(encoding="utf-8").split("\n")
+    texts = [text.strip() for text in texts if text.strip()][:3 if args.fast else None]
+    options, count, minutes = {"guidance": args.guidance, "steps": args.steps}, 2 if args.fast else args.sentences, 0.1 if args.fast else args.minutes
+    measure_sentences(tts, texts[:1], **options)  # warms up
+    found = measure_sentences(tts, list(islice(cycle(texts), count)), **options)
+    found |= measure_long(tts, texts, minutes, window=1.0 if args.fast else 20.0, **options)
+    for name, value in found.items():
+        if name != "windows": print(f"{name.replace('_', ' '):22} {value:8.2f}")
+    save_bench(args.json, {"bench": "stream", "system": args.name, "ratio": tts.model.config.interleave, **options, **found})
 
 # %% ../nbs/appendix/cli.ipynb #c11d0002
 SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -732,21 +767,27 @@ def add_measure(commands) -> None:
     evaluate.add_argument("--limit", type=at_least(int, 1), help="only the first sentences")
     evaluate.add_argument("--json", type=Path, help="file to write")
     speaking_options(evaluate)
-    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate|original")
+    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate|original|stream")
     train = command(bench, "train", run_bench_train, "Seconds of speech per core-second of a recipe's training step, with 1 and with all threads.",
                     "bench train toy --json train.json")
     generate = command(bench, "generate", run_bench_generate, "Real-time factor, first sound, and what guidance and the cache are worth.",
                        "bench generate ditar-toy --json generate.json")
     original = command(bench, "original", run_bench_original, "Equality with the published VoxCPM on the same random weights, and speed beside it.",
                        "bench original --json original.json\nbench original --tiny")
+    stream = command(bench, "stream", run_bench_stream, "First sound, speed, stalls, and ten minutes of one text: memory, loudness and rate.",
+                     "bench stream ditar-toy --json stream.json\nbench stream ditar-toy --ratio 12:3 --fast")
+    stream.add_argument("--ratio", type=ratio_of, help="N:M, to let text and speech take turns (default: the checkpoint's)")
+    stream.add_argument("--sentences", type=at_least(int, 1), default=50, help="how many to time (default: %(default)s)")
+    stream.add_argument("--minutes", type=at_least(float, 0.1), default=10.0, help="of speech in one stream (default: %(default)s)")
+    stream.add_argument("--fast", action="store_true", help="two sentences and six seconds, to see that it works")
     original.add_argument("--tiny", action="store_true", help="a tiny shape: seconds instead of minutes, for the equality alone")
     train.add_argument("name", nargs="?", default="toy", help="recipe (default: %(default)s)")
-    generate.add_argument("name", nargs="?", default="toy", help="checkpoint, or a recipe for random weights of its shape (default: %(default)s)")
-    generate.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
-    generate.add_argument("--guidance", type=float, default=2.0, help="scale of the guided variant (default: %(default)s)")
-    for parser in (train, generate, original):
-        parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
-        parser.add_argument("--json", type=Path, help="file to write")
+    for parser, name in ((generate, "toy"), (stream, "ditar-toy")):
+        parser.add_argument("name", nargs="?", default=name, help="checkpoint, or a recipe for random weights of its shape (default: %(default)s)")
+        parser.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
+        parser.add_argument("--guidance", type=float, default=2.0, help="scale of the guided variant (default: %(default)s)")
+    for parser in (train, generate, original): parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
+    for parser in (train, generate, original, stream): parser.add_argument("--json", type=Path, help="file to write")
 
 # %% ../nbs/appendix/cli.ipynb #c11d000a
 def add_resynthesise(commands) -> None:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPEAKER_ENCODERS', 'MELAConfig', 'Memory', 'states_before', 'FrameConditions', 'MELADiT', 'resemblyzer',
-           'hear_speaker', 'crop_frames', 'UtteranceEncoder', 'Voices', 'on_sphere', 'VoiceEmbedding', 'with_voices',
+           'hear_speaker', 'crop_frames', 'UtteranceEncoder', 'on_sphere', 'Voices', 'VoiceEmbedding', 'with_voices',
            'hear_voice', 'MELA', 'paper_shape', 'from_qwen2', 'recorded_voices', 'slerp', 'voice_vector', 'mix_voices']
 
 # %% ../nbs/15_mela.ipynb #a7339528
@@ -126,7 +126,7 @@ def hear_speaker(
         raise CourseError(f"The speaker encoder gives {list(embedding.shape)}, the config says speaker_dim={config.speaker_dim}. Make them agree.")
     return embedding
 
-# %% ../nbs/15_mela.ipynb #2d13f28a
+# %% ../nbs/15_mela.ipynb #75fc88cf
 def crop_frames(
     frames: Tensor,  # [T, D] of a whole utterance
     length: int,  # frames wanted
@@ -150,7 +150,10 @@ class UtteranceEncoder(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor: return self.out(self.net(self.frames(frames)).mean(1))  # [B, C, D] -> [B, U]
 
-# %% ../nbs/15_mela.ipynb #6267948b
+
+def on_sphere(vector: Tensor) -> Tensor: return F.normalize(vector, dim=-1) * math.sqrt(vector.shape[-1])  # [.., E] a direction, in numbers of about 1
+
+# %% ../nbs/15_mela.ipynb #60f40256
 @dataclass
 class Voices:
     "Whose voice each utterance of a batch has, and what was heard of it."
@@ -159,9 +162,6 @@ class Voices:
     crop: Tensor  # [B, C, D] frames for the utterance encoder
 
     def to(self, device: torch.device) -> "Voices": return Voices(*(part.to(device) for part in (self.ids, self.speaker, self.crop)))
-
-
-def on_sphere(vector: Tensor) -> Tensor: return F.normalize(vector, dim=-1) * math.sqrt(vector.shape[-1])  # [.., E] a direction, in numbers of about 1
 
 
 class VoiceEmbedding(nn.Module):

@@ -7,7 +7,7 @@ __all__ = ['LOG', 'HEADER', 'FIRST', 'RANGES', 'KINDS', 'PAGE', 'HEADERS', 'Limi
            'play_times', 'count_stalls', 'Order', 'Gone', 'Job', 'words_of', 'put', 'rest_until_heard', 'speak_job',
            'Busy', 'place_in_line', 'Desk', 'released_systems', 'voices_of', 'Studio', 'open_studio', 'read_message',
            'read_order', 'tell', 'next_item', 'speak_in_turn', 'perform', 'session', 'is_loopback', 'page_origins',
-           'listen', 'digest', 'answer', 'open_page', 'serve', 'running', 'Heard', 'converse', 'note']
+           'listen', 'digest', 'reply_to', 'open_page', 'serve', 'running', 'Heard', 'converse', 'note']
 
 # %% ../nbs/17b_page.ipynb #171de712
 import asyncio, base64, concurrent.futures, contextlib, hashlib, ipaddress, json, logging, queue, re, socket, struct, threading, time
@@ -395,8 +395,8 @@ HEADERS = {"Content-Type": "text/html; charset=utf-8", "Cache-Control": "no-stor
            "Content-Security-Policy": f"default-src 'none'; script-src {digest('script')}; style-src {digest('style')}; connect-src 'self'; img-src data:; "
                                       "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"}
 
-# %% ../nbs/17b_page.ipynb #77d4bf3d
-def answer(connection, request, limits: Limits):
+# %% ../nbs/17b_page.ipynb #efc5894c
+def reply_to(connection, request, limits: Limits):
     "What a request gets: the page, a refusal, or None, and then it becomes a websocket."
     path = request.path.split("?")[0]
     full = len(connection.server.connections) >= limits.pages
@@ -423,7 +423,7 @@ async def open_page(
     origins = page_origins(host, port)
     options = {"max_size": limits.message, "max_queue": 16, "compression": None, "open_timeout": limits.patience, "close_timeout": limits.patience / 5}
     async with serve_websockets(lambda page: session(page, desk), sock=listening, origins=origins,
-                                process_request=lambda connection, request: answer(connection, request, limits), server_header=None, logger=LOG, **options):
+                                process_request=lambda connection, request: reply_to(connection, request, limits), server_header=None, logger=LOG, **options):
         yield origins[0]
 
 # %% ../nbs/17b_page.ipynb #15792ab3

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PHRASES', 'STRUCTURES', 'ALIGNMENTS', 'RECIPES', 'Teach', 'RELEASED_SENTENCES', 'CARD', 'Recipe', 'toy_shape',
-           'voxcpm_shape', 'mela_shape', 'recipe', 'corpus_sources', 'open_split', 'first_rows', 'some_speech',
-           'states_teacher', 'train_recogniser', 'phone_teacher', 'phones_of', 'find_teacher', 'make_codec', 'Prepared',
-           'prepare', 'latents_key', 'measured_rate', 'flow_at', 'validation', 'continued', 'start_from', 'make_model',
-           'train', 'training_summary', 'Spoken', 'held_out', 'speak_row', 'judge', 'judge_spoken', 'speak_released',
-           'reached', 'release', 'judged_run', 'mean_of_runs', 'compare_recipes', 'sweep']
+           'voxcpm_shape', 'mela_shape', 'full_shape', 'recipe', 'corpus_sources', 'open_split', 'first_rows',
+           'some_speech', 'states_teacher', 'train_recogniser', 'phone_teacher', 'phones_of', 'find_teacher',
+           'make_codec', 'Prepared', 'prepare', 'latents_key', 'measured_rate', 'flow_at', 'validation', 'continued',
+           'start_from', 'make_model', 'train', 'training_summary', 'Spoken', 'held_out', 'speak_row', 'judge',
+           'judge_spoken', 'speak_released', 'reached', 'release', 'judged_run', 'mean_of_runs', 'compare_recipes',
+           'sweep']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
 import json
@@ -25,6 +26,7 @@ from .cascade import CascadeConfig
 from .core import CourseError, atomic_write, cache_dir, count_parameters, data_dir, human, pick_device, seed_everything
 from .corpus import FeatureCache, decode, load_corpus, load_phones
 from .evaluation import Sample, measure, stop_reasons, summarise
+from .full import FullConfig
 from .locdit import HeadConfig
 from .mela import MELAConfig, recorded_voices
 from .neural import digest_of, find_checkpoint
@@ -74,6 +76,12 @@ def mela_shape(width: int = 256, layers: int = 5, **fields) -> MELAConfig:
     shape = toy_shape(width, layers)
     return MELAConfig(backbone=shape.backbone, head=replace(shape.head, path="cosine"), **fields)
 
+
+def full_shape(width: int = 192, layers: int = 3, **fields) -> FullConfig:
+    "Everything in one system, with a few million parameters, on WaveVAE latents."
+    shape = toy_shape(width, layers)
+    return FullConfig(backbone=shape.backbone, head=replace(shape.head, latent_dim=64, patch=4), **fields)
+
 # %% ../nbs/21_libritts.ipynb #6c8b42a5
 PHRASES = TrainConfig(steps=4000, minutes=10.5, learning_rate=1.5e-3, batch_frames=2000)
 
@@ -100,6 +108,8 @@ RECIPES = {
     "voxcpm-toy": Recipe("open+many", voxcpm_shape(text=TextConfig("phonemes", 0.9), patch_share=0.25, voice="4001"),
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
     "mela-toy": Recipe("choir", mela_shape(192, 4), replace(PHRASES, steps=12000, minutes=None), teacher="phones", voices=True),
+    "full-toy": Recipe("choir", full_shape(patch_share=0.25), replace(PHRASES, steps=12000, minutes=None, batch_frames=1000),
+                       teacher="phones", voices=True, codec="wavevae", joined=0.3),
     "cascade-toy": Recipe("phrases", CascadeConfig(), TrainConfig(steps=5000, learning_rate=3e-3, batch_frames=1000), teacher="phones"),
     **{f"voxcpm-{number}": Recipe("phrases", replace(voxcpm_shape(192, 3), **changes), replace(PHRASES, batch_frames=1000), codec="wavevae")
        for number, changes in STRUCTURES.items()},
@@ -262,7 +272,7 @@ def prepare(
         teach = phone_teacher(phones) if recipe.teacher == "phones" else teacher and states_teacher(teacher, rows, sample)
         data.append(SpeechData(rows, latents, config, phones and {row_id: row["phonemes"] for row_id, row in phones.items()}, teach, recipe.longest,
                                vary=rows is train, joined=recipe.joined, frame_rate=codec.frame_rate,
-                               voice=recorded_voices(rows, config) if isinstance(config, MELAConfig) else None))
+                               voice=recorded_voices(rows, config) if isinstance(config, (MELAConfig, FullConfig)) else None))
     if recipe.follow_text and not config.tokens_per_patch: config.tokens_per_patch = measured_rate(data[0])  # the data sets hold the same config
     return Prepared(*data, config)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HELD', 'PLAIN', 'LONGEST', 'reaches_on', 'ends_sentence', 'stretches', 'words_of', 'arriving_tokens', 'room',
-           'read_on', 'why_it_ends', 'draw_in_turns', 'until_end', 'pieces_in_turns', 'stream_in_turns', 'say_in_turns',
-           'Errands', 'stream_async', 'hand_over', 'stream', 'Pace', 'Timeline', 'arrivals', 'simulate', 'Playback',
+           'why_it_ends', 'read_on', 'draw_in_turns', 'until_end', 'pieces_in_turns', 'stream_in_turns', 'say_in_turns',
+           'Errands', 'hand_over', 'stream_async', 'stream', 'Pace', 'Timeline', 'arrivals', 'simulate', 'Playback',
            'play_out', 'show_timeline', 'trace', 'measure_sentences', 'slope', 'measure_long']
 
 # %% ../nbs/17_streaming.ipynb #c0eac4d3
@@ -61,7 +61,7 @@ def stretches(
             held = []
     if held: yield " ".join(held), ""
 
-# %% ../nbs/17_streaming.ipynb #c596e386
+# %% ../nbs/17_streaming.ipynb #8f83a141
 LONGEST = 120  # text tokens of a piece: about as many as an utterance of training had
 
 
@@ -75,11 +75,11 @@ def arriving_tokens(
     longest: int = LONGEST,  # tokens of a piece
 ) -> Iterator[int]:  # an END closes every piece
     "Tokens as soon as they are certain; the same ones as from the whole text, sentence by sentence."
-    piece, known, count = "", 0, 0  # text of this piece, its words so far, tokens since the last END
+    piece, known, count, begun = "", 0, 0, False  # text of this piece, its words so far, tokens since the last END
     for stretch, coming in stretches(words):
         if count == 0: piece, known = "", 0
-        if known and not re.search(r"\w", stretch): continue  # marks alone, behind something that was read
-        read = f"{piece} {stretch}".strip()
+        if begun and not re.search(r"\w", stretch): continue  # marks alone, behind something that was read
+        read, begun = f"{piece} {stretch}".strip(), True
         upto = len(words_of(tokenizer.encode(read)))
         for word in words_of(tokenizer.encode(f"{read} {coming}"))[known:upto]:
             if count and count + len(word) + 2 > longest:
@@ -93,7 +93,7 @@ def arriving_tokens(
             count = 0
     if count: yield END
 
-# %% ../nbs/17_streaming.ipynb #ff788768
+# %% ../nbs/17_streaming.ipynb #106540c1
 def room(
     ratio: tuple[int, int],  # N text tokens, then M patches
     longest: int,  # text tokens of a piece, with those of the prompt
@@ -105,6 +105,18 @@ def room(
     return 1 + prompt + turns + 1 + 10 + longest  # a voice, the turn, and the longest speech after it
 
 
+def why_it_ends(
+    stop: float,  # what the stop head says
+    threshold: float,  # it must say more than this
+    after: int | None,  # patches since the turn, with this one; None: the text is not over
+    tokens: int,  # of the text
+) -> str | None:  # None: it goes on
+    "In training the last patch always comes after the turn, so nothing ends before the text is over."
+    if after is None: return None
+    if stop > threshold: return "stop head"
+    return "length limit" if after >= 10 + tokens else None
+
+# %% ../nbs/17_streaming.ipynb #39c9fb2a
 @torch.no_grad()
 def read_on(
     model: ARDM,
@@ -122,19 +134,7 @@ def read_on(
     x, heard = embed(model, torch.tensor(tokens, dtype=torch.long, device=device), torch.as_tensor(speaker, device=device)[None], patches, rows.to(device))
     return model.think(x[None], positions.to(device), heard[None], cache)[:, -1]
 
-# %% ../nbs/17_streaming.ipynb #ebef07cb
-def why_it_ends(
-    stop: float,  # what the stop head says
-    threshold: float,  # it must say more than this
-    after: int | None,  # patches since the turn, with this one; None: the text is not over
-    tokens: int,  # of the text
-) -> str | None:  # None: it goes on
-    "In training the last patch always comes after the turn, so nothing ends before the text is over."
-    if after is None: return None
-    if stop > threshold: return "stop head"
-    return "length limit" if after >= 10 + tokens else None
-
-
+# %% ../nbs/17_streaming.ipynb #2cabd203
 def draw_in_turns(
     model: ARDM,
     tokens: Iterable[int],  # of one piece, perhaps still arriving; those of the prompt first
@@ -200,7 +200,7 @@ def say_in_turns(tts: TTS, text: str, given: Given | None = None, pause: float =
     started, given = time.perf_counter(), given or begin_with(tts)
     return as_speech(tts, [list(drawn) for drawn in pieces_in_turns(tts, text, given, **options)], given, started, pause)
 
-# %% ../nbs/17_streaming.ipynb #778a2097
+# %% ../nbs/17_streaming.ipynb #0bffcc71
 class Errands:
     "What a thread asks its event loop to do. After `stop` it refuses, and wakes the thread if it waits."
     def __init__(self, loop: asyncio.AbstractEventLoop):
@@ -220,6 +220,20 @@ class Errands:
             if self.waiting: self.waiting.cancel()
 
 
+def hand_over(
+    errands: Errands,
+    chunks: Iterator[Tensor],  # [T] samples
+    sounds: asyncio.Queue,  # gets them, then None; or an exception
+) -> None:
+    "What the thread does."
+    try:
+        try:
+            for sound in chunks: errands.ask(sounds.put(sound))
+            errands.ask(sounds.put(None))
+        except Exception as error: errands.ask(sounds.put(error))  # CancelledError, too: then this is refused as well
+    except CancelledError: pass
+
+# %% ../nbs/17_streaming.ipynb #1bf5f6cc
 async def stream_async(
     tts: TTS,
     words: AsyncIterable[str],  # arriving one by one
@@ -242,21 +256,7 @@ async def stream_async(
         worker.shutdown()
         if hasattr(source, "aclose"): await source.aclose()
 
-# %% ../nbs/17_streaming.ipynb #432fda44
-def hand_over(
-    errands: Errands,
-    chunks: Iterator[Tensor],  # [T] samples
-    sounds: asyncio.Queue,  # gets them, then None; or an exception
-) -> None:
-    "What the thread does."
-    try:
-        try:
-            for sound in chunks: errands.ask(sounds.put(sound))
-            errands.ask(sounds.put(None))
-        except Exception as error: errands.ask(sounds.put(error))  # CancelledError, too: then this is refused as well
-    except CancelledError: pass
-
-
+# %% ../nbs/17_streaming.ipynb #4415e5c6
 def stream(
     tts: TTS,
     text: str | Iterable[str] | AsyncIterable[str],  # a text, or words that arrive one by one
@@ -267,7 +267,7 @@ def stream(
     if isinstance(text, AsyncIterable): return stream_async(tts, text, given, **options)
     return (stream_in_turns if tts.model.config.interleave else stream_pieces)(tts, text, given, **options)
 
-# %% ../nbs/17_streaming.ipynb #916f073b
+# %% ../nbs/17_streaming.ipynb #46b3d787
 @dataclass
 class Pace:
     "What everything takes, in seconds."
@@ -287,8 +287,7 @@ class Timeline:
 
 
 def arrivals(
-    tokenizer: TextTokenizer,
-    words: list[str],
+    tokenizer: TextTokenizer, words: list[str],
     rate: float,  # words per second
 ) -> list[list[float]]:  # of every piece: when each of its tokens is there, in seconds
     "What the text front end makes of words that come at a steady rate."
@@ -328,7 +327,7 @@ def simulate(
             if final > before: line.sounds.append((max([arrival, *(at for at, _ in line.sounds[-1:])]), final - before))
     return line
 
-# %% ../nbs/17_streaming.ipynb #d64758bc
+# %% ../nbs/17_streaming.ipynb #53ce51b2
 @dataclass
 class Playback:
     "What a listener noticed, in seconds."
@@ -351,7 +350,7 @@ def play_out(
         clock = max(clock, arrival) + length
     return Playback(start, clock, stalls, margin)
 
-
+# %% ../nbs/17_streaming.ipynb #41f61663
 def show_timeline(
     line: Timeline,
     title: str,
@@ -397,7 +396,7 @@ def trace(
         asked = clock() - started
     return line
 
-# %% ../nbs/17_streaming.ipynb #52db06ce
+# %% ../nbs/17_streaming.ipynb #75ed97c7
 def measure_sentences(
     tts: TTS,
     texts: list[str],
@@ -411,7 +410,7 @@ def measure_sentences(
             "rtf": sum(line.sounds[-1][0] for line in lines) / sum(lasts), "stalls": sum(len(one.stalls) for one in heard),
             "margin_s": min(one.margin for one in heard), "audio_s": sum(lasts)}
 
-
+# %% ../nbs/17_streaming.ipynb #42a15188
 def slope(values: list[float], minutes: float) -> float: # of a straight line through values at equal distances -> per minute
     at = torch.linspace(-minutes / 2, minutes / 2, len(values), dtype=torch.float64)
     return ((at * torch.tensor(values, dtype=torch.float64)).sum() / at.square().sum().clamp(min=1e-12)).item()

@@ -64,7 +64,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("words", [[], ["doctor"], ["data"], ["data", "build"], ["data", "check"], ["data", "info"], ["train"], ["speak"], ["serve"],
-                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"]])
+                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"], ["bench", "stream"]])
 def test_every_command_has_a_help_text(words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*words, "--help"])
@@ -72,7 +72,7 @@ def test_every_command_has_a_help_text(words, capsys):
     assert exit.value.code == 0 and "usage: ardm-course" in text and "==SUPPRESS==" not in text
 
 
-@pytest.mark.parametrize("words", [[], ["sing"], ["data"], ["speak", "Hello."], ["train", "toy", "--steps", "0"], ["bench", "generate", "--repeats", "x"],
+@pytest.mark.parametrize("words", [[], ["sing"], ["data"], ["speak", "Hello."], ["train", "toy", "--steps", "0"], ["bench", "generate", "--repeats", "x"], ["bench", "stream", "--ratio", "4"], ["bench", "stream", "--ratio", "0:3"],
                                    ["serve", "--port", "-1"], ["evaluate", "a", "--sentences", "b", "--corpus", "c"], ["resynthesise", "a"], ["resynthesise", "a", "--out", "b", "--limit", "0"]])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(SystemExit) as exit:
@@ -81,7 +81,7 @@ def test_wrong_words_are_refused(words, capsys):
 
 
 @pytest.mark.parametrize("words", [["speak", "Hello.", "--checkpoint", "absent", "--out", "a.wav"], ["train", "absent"], ["data", "info", "absent"],
-                                   ["data", "build", "absent"], ["bench", "train", "absent"], ["bench", "generate", "absent"],
+                                   ["data", "build", "absent"], ["bench", "train", "absent"], ["bench", "generate", "absent"], ["bench", "stream", "absent", "--fast"],
                                    ["evaluate", "absent"], ["serve", "absent"], ["resynthesise", "absent", "--codec", "griffin-lim", "--out", "out"],
                                    ["resynthesise", "absent.wav", "--codec", "griffin-lim", "--out", "out"],
                                    ["resynthesise", "librivox", "--codec", "absent", "--out", "out"]])
@@ -379,6 +379,14 @@ def test_bench_generate(tiny, tmp_path, capsys):
     data = json.loads((tmp_path / "g.json").read_text())
     assert len(data["runs_s"]) == 2 and min(data[name] for name in ("rtf", "ms_per_patch", "first_audio_ms")) > 0
     assert min(data["uncached_over_cached"], data["guided_over_unguided"]) > 0 and "real-time factor" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio", [[], ["--ratio", "12:3"]])
+def test_bench_stream(tiny, ratio):
+    assert cli.main(["bench", "stream", tiny, *ratio, "--steps", "1", "--fast", "--json", "s.json"]) == 0
+    found = json.loads(open("s.json").read())
+    assert found["sentences"] == 2 and found["minutes"] >= 0.1 and found["ratio"] == ([12, 3] if ratio else []) and found["environment"]
+    assert {"first_audio_ms", "rtf", "stalls", "memory_growth_mb", "loudness_db_per_min", "rate_percent_per_min"} <= set(found)
 
 
 def test_random_speech_looks_like_speech_data():

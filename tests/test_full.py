@@ -1,6 +1,6 @@
 """The full system: every switch alone and all together keep the promises of the parts, and every system of the course trains, saves, speaks and streams."""
 from dataclasses import replace
-from itertools import accumulate
+from itertools import islice
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_the_condition_is_as_wide_as_what_the_head_reads():
 
 
 def test_everything_off_is_the_plain_ardm():
-    ours, theirs = make(SWITCHES["everything off"]), make(SYSTEMS["ardm"])
+    ours, theirs = make(SWITCHES["everything off"]), make(replace(SYSTEMS["ardm"], head=replace(SYSTEMS["ardm"].head, history=False)))
     theirs.load_state_dict(ours.state_dict())
     batch, token = ours.fold([speech(), speech(5, 4, 1, 1)]), speech().tokens
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_in_turns_too(name):
     model, u = make(in_layout(SWITCHES[name], 1.0)), speech(13, 7)
     drawn, sample, place = [], model.head.sample, iter(u.patches)
     model.head.sample = lambda state, history, **options: (drawn.append(state), next(place)[None])[1]
-    list(zip(draw_in_turns(model, u.tokens, voice(model, u)), u.patches))
+    list(islice(draw_in_turns(model, u.tokens.tolist(), voice(model, u), threshold=2.0), 7))
     model.head.sample = sample
     torch.testing.assert_close(torch.cat(drawn), states_of(model, u)[0], atol=1e-4, rtol=1e-4)
 
@@ -152,7 +152,7 @@ def test_in_turns_too(name):
 @pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_padding_changes_nothing(name, share):
-    model, several = make(in_layout(SWITCHES[name], share)), [speech(4, 3), speech(17, 8, 1, 1), speech(2, 1, 2)]
+    model, several = make(in_layout(SWITCHES[name], share)), [speech(4, 3), speech(17, 8, 1, int(name != "no name")), speech(2, 1, 2)]
     for alone, together in zip(several, states_of(model, *several)): torch.testing.assert_close(states_of(model, alone)[0], together, atol=1e-5, rtol=1e-4)
 
 
@@ -207,7 +207,7 @@ def test_the_history_is_a_switch(history):
 @pytest.mark.parametrize("name", SWITCHES)
 def test_another_voice_is_another_condition(name):
     model, u = make(in_layout(SWITCHES[name], 0.0)), speech()
-    a, b = states_of(model, u)[0], states_of(model, replace(u, voice=-u.voice, speaker=1))[0]
+    a, b = states_of(model, u)[0], states_of(model, replace(u, voice=-u.voice, speaker=int(name != "no name")))[0]
     if not model.config.speakers: assert torch.equal(a, b)
     elif not model.clones or model.config.speaker_dim: assert not torch.allclose(a, b, atol=1e-4)
     if model.clones and model.config.speaker_dim: assert not torch.allclose(a[:, -64:-32], b[:, -64:-32], atol=1e-4)  # in the head's own slice
@@ -232,12 +232,13 @@ def test_it_trains_saves_speaks_and_streams(name, tmp_path):
     model = make(SYSTEMS[name]).train()
     model.alignment = TimeAlignment(32, 5)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    losses = model(model.fold([speech(), speech(5, 4, 1, 1)]))
+    losses = model(model.fold([speech(), speech(5, 4, 1, int(name != "no name"))]))
     losses["loss"].backward()
     optimizer.step()
     assert all(value.isfinite() for value in losses.values()) and all(p.isfinite().all() for p in model.parameters())
     missing = {key.split(".")[0] for key, p in model.named_parameters() if p.grad is None}
-    assert missing <= {"speaker"} * (not model.config.speakers) | {"alignment"} * (not getattr(model.config, "alignment_weight", 1)) | {"head"} * (not model.config.head.history)
+    unused = {"alignment": not model.config.alignment_weight, "head": not model.config.head.history}  # the layer that reads the previous patch
+    assert missing == {part for part, idle in unused.items() if idle}
 
     save_model(model.eval(), tmp_path)
     tts = TTS.from_pretrained(tmp_path)
@@ -279,7 +280,7 @@ def test_a_recording_without_its_text_is_a_voice(tts):
 
 def test_a_recording_with_its_text_is_gone_on_from_in_its_voice(tts):
     alone, begun = (begin_with(tts, prompt=Prompt(tone(), 24000, text)) for text in ("", "Oh my."))
-    assert torch.equal(alone.speaker, begun.speaker) and begun.text == "oh my." and torch.equal(begun.patches, encode_prompt(tts, Prompt(tone(), 24000, "Oh my.")))
+    assert torch.equal(alone.speaker, begun.speaker) and begun.text == "Oh my." and torch.equal(begun.patches, encode_prompt(tts, Prompt(tone(), 24000, "Oh my.")))
 
 
 def test_without_embeddings_a_recording_needs_its_text(tts):
@@ -329,7 +330,7 @@ def test_the_cost_of_the_residual_model_is_two_operations_per_parameter():
     matrices = 4 * 32 * 32 + 3 * 32 * 64  # of one block
     positions, wider = 1 + 20 + 1 + patches - 1, 32 * 32 * patches  # the last patch is not heard; the head's condition is wider
     spoken = (costs[0].gflop - costs[1].gflop) * 1e9 * patches * 8 / 50
-    assert 2 * (matrices * positions + wider) <= spoken < 1.15 * 2 * (matrices * positions + wider)  # and attention
+    assert 0.999 < spoken / (2 * (matrices * positions + wider)) < 1.15  # a counter may know of attention, too
     assert costs[0].parameters == count_parameters(make()) and costs[0].ms > 0
 
 

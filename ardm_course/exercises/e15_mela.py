@@ -92,7 +92,7 @@ def look_at_my_crop(my_crop: Callable) -> Iterator[tuple[str, object]]:
         yield f"{name}: first and last frame that is ever heard", [draws.min(), draws.max()]
         yield f"{name}: from the middle", my_crop(frames, length, random=False)[:, 0]
 
-# %% ../../nbs/exercises/15_mela.ipynb #1256e741
+# %% ../../nbs/exercises/15_mela.ipynb #d3cc4808
 def cropped(size=lambda T, length: min(length, max(1, T // 2)), start=lambda room, random: int(torch.randint(room + 1, ())) if random else room // 2, fill="repeat"):
     def crop(frames, length, random=True):
         n = size(len(frames), length)
@@ -124,9 +124,9 @@ register(Exercise(
     listen='''
 import ardm_course.mela as packaged  # the package's, where `use` puts your function
 twin = packaged.MELAConfig(**vars(config)).build().eval()
-with use(crop_frames=my_crop): heard = twin.fold(speeches[:2]).speakers.crop
-with torch.no_grad(): compare({"the utterance": codec.decode(speeches[0].patches.flatten(0, 1)[None])[0, :60000], "what your crop lets the encoder hear: whose voice? which words?": codec.decode(heard[:1])[0, :60000]}, 24000)
-print(f"{heard.shape[1]} frames, {heard.shape[1] / 50:.2f} s of {len(speeches[0].patches) * 0.16:.2f} s")'''))
+with use(crop_frames=my_crop): heard = twin.fold([sentence]).speakers.crop
+with torch.no_grad(): compare({"the utterance": codec.decode(sentence.patches.flatten(0, 1)[None])[0, :60000], "what your crop lets the encoder hear: whose voice? which words?": codec.decode(heard[:1])[0, :60000]}, 24000)
+print(f"{heard.shape[1]} frames, {heard.shape[1] / 50:.2f} s of {len(sentence.patches) * 0.16:.2f} s")'''))
 
 # %% ../../nbs/exercises/15_mela.ipynb #b635c395
 def my_rotation(
