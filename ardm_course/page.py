@@ -6,8 +6,8 @@
 __all__ = ['LOG', 'HEADER', 'FIRST', 'RANGES', 'KINDS', 'PAGE', 'HEADERS', 'Limits', 'pcm_frame', 'read_frame', 'finished_words',
            'play_times', 'count_stalls', 'Order', 'Gone', 'Job', 'words_of', 'put', 'rest_until_heard', 'speak_job',
            'Busy', 'place_in_line', 'Desk', 'released_systems', 'voices_of', 'Studio', 'open_studio', 'read_message',
-           'read_order', 'tell', 'next_item', 'speak_in_turn', 'perform', 'session', 'is_loopback', 'page_origins',
-           'listen', 'digest', 'reply_to', 'open_page', 'serve', 'running', 'Heard', 'converse', 'note']
+           'read_order', 'within', 'next_item', 'speak_in_turn', 'tell', 'perform', 'session', 'is_loopback',
+           'page_origins', 'listen', 'digest', 'reply_to', 'open_page', 'serve', 'running', 'Heard', 'converse', 'note']
 
 # %% ../nbs/17b_page.ipynb #171de712
 import asyncio, base64, concurrent.futures, contextlib, hashlib, ipaddress, json, logging, queue, re, socket, struct, threading, time
@@ -283,16 +283,21 @@ def read_order(
     if type(job) is not int: raise CourseError("The server does not understand this message. Load the page again.")
     return Order(job, system, voice, **numbers)
 
-# %% ../nbs/17b_page.ipynb #0426f78a
-async def tell(page, kind: str, **facts) -> None:
-    "One message for the page."
-    await page.send(json.dumps({"kind": kind, **facts}))
+# %% ../nbs/17b_page.ipynb #1a54bbaa
+async def within(seconds: float, work):
+    "What a coroutine returns. Raises asyncio.TimeoutError when it takes longer; unlike wait_for before Python 3.12, it never swallows a cancellation."
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+        if task.done(): return task.result()
+        raise asyncio.TimeoutError
+    finally: task.cancel()
 
 
 async def next_item(job: Job) -> bytes | dict | None:
     "What the thread hands over next. Raises CourseError after a long silence."
     while (left := job.touched + job.limits.idle - time.monotonic()) > 0:
-        with contextlib.suppress(asyncio.TimeoutError): return await asyncio.wait_for(job.outbox.get(), left)
+        with contextlib.suppress(asyncio.TimeoutError): return await within(left, job.outbox.get())
     raise CourseError(f"For {job.limits.idle:g} s no word came and no sound was heard, so this text was ended. Go on when you like.")
 
 
@@ -304,14 +309,19 @@ async def speak_in_turn(page, job: Job, desk: Desk) -> None:
         thread = asyncio.get_running_loop().run_in_executor(None, speak_job, job, desk.studio.load)
         try:
             while (item := await next_item(job)) is not None:
-                await asyncio.wait_for(page.send(item) if isinstance(item, bytes) else tell(page, job=job.order.job, **item), job.limits.idle)
+                await within(job.limits.idle, page.send(item) if isinstance(item, bytes) else tell(page, job=job.order.job, **item))
                 job.touched = time.monotonic()
             await thread  # raises what it raised
         finally:
             job.cancel()
             await asyncio.wait([thread])
 
-# %% ../nbs/17b_page.ipynb #5aa5f04e
+# %% ../nbs/17b_page.ipynb #0426f78a
+async def tell(page, kind: str, **facts) -> None:
+    "One message for the page."
+    await page.send(json.dumps({"kind": kind, **facts}))
+
+
 async def perform(page, job: Job, desk: Desk) -> None:
     "Speak a job, and say how it ended: one sentence for the page, and for a mistake of ours the traceback in the server's log."
     from websockets.exceptions import ConnectionClosed
@@ -328,7 +338,7 @@ async def perform(page, job: Job, desk: Desk) -> None:
 
 # %% ../nbs/17b_page.ipynb #e2bf838d
 async def session(page, desk: Desk) -> None:
-    "One open page, from hello to the end of its connection."
+    "One open page, from hello to the end of its connection. Raises ConnectionClosed when that end is no goodbye."
     await tell(page, "hello", systems=desk.studio.systems, limits=asdict(desk.limits))
     job, task, number = None, None, None
 
@@ -418,11 +428,13 @@ async def open_page(
 ) -> AsyncIterator[str]:  # the page's address
     "Serve the page inside the block. Raises CourseError for an address that cannot be had."
     from websockets.asyncio.server import serve as serve_websockets
+    from websockets.exceptions import ConnectionClosed
     listening = listen(host, port)
-    port, desk = listening.getsockname()[1], Desk(studio, limits)
-    origins = page_origins(host, port)
+    origins, desk = page_origins(host, listening.getsockname()[1]), Desk(studio, limits)
     options = {"max_size": limits.message, "max_queue": 16, "compression": None, "open_timeout": limits.patience, "close_timeout": limits.patience / 5}
-    async with serve_websockets(lambda page: session(page, desk), sock=listening, origins=origins,
+    async def come(page) -> None:
+        with contextlib.suppress(ConnectionClosed): await session(page, desk)
+    async with serve_websockets(come, sock=listening, origins=origins,
                                 process_request=lambda connection, request: reply_to(connection, request, limits), server_header=None, logger=LOG, **options):
         yield origins[0]
 

@@ -350,7 +350,7 @@ def play_out(
         clock = max(clock, arrival) + length
     return Playback(start, clock, stalls, margin)
 
-# %% ../nbs/17_streaming.ipynb #41f61663
+# %% ../nbs/17_streaming.ipynb #d1321a06
 def show_timeline(
     line: Timeline,
     title: str,
@@ -369,7 +369,7 @@ def show_timeline(
         clock = max(clock, arrival) + length
     ax.broken_barh(heard.stalls, (-0.35, 0.7), facecolors="#CC0000")
     ax.set(yticks=range(4), yticklabels=["heard", "sound there", "computing", "text"], xlabel="seconds", xlim=(0, None))
-    ax.set_title(f"{title}  first sound {heard.start:.2f} s, {len(heard.stalls)} stalls, margin {heard.margin:+.2f} s".strip(), loc="left", size=8.5)
+    ax.set_title(f"{title} first {heard.start:.2f} s, stalls {len(heard.stalls)}, margin {heard.margin:+.2f} s".strip(), loc="left", size=8)
     ax.grid(False)
 
 # %% ../nbs/17_streaming.ipynb #9eff363e

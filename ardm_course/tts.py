@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['system_of', 'load_model', 'save_model', 'split_text', 'join_short', 'arriving_pieces', 'Speech', 'Prompt', 'Given',
            'story_prompt', 'TTS', 'with_vocoder', 'codec_of', 'voice_id', 'encode_prompt', 'begin_with', 'context',
-           'samples_of', 'stream_pieces', 'stream_sounds', 'draw', 'as_speech', 'say']
+           'samples_of', 'stream_sounds', 'stream_pieces', 'draw', 'as_speech', 'say']
 
 # %% ../nbs/11b_tts.ipynb #d6e3383c
 import importlib
@@ -218,7 +218,7 @@ def encode_prompt(
     with torch.no_grad(): latents = codec.encode(F.pad(wav, (-len(wav) % whole, 0))[None])[0]
     return latents.view(-1, shape.patch, shape.latent_dim)
 
-
+# %% ../nbs/11b_tts.ipynb #89a3bd0a
 def begin_with(
     tts: "TTS",
     voice: str | None = None,  # one of the checkpoint's voices, or of the corpus stories if it goes on from a prompt; None: its own
@@ -249,16 +249,6 @@ def context(
 def samples_of(tts: "TTS", latents: Tensor) -> int: return round(len(latents) * tts.codec.sample_rate / tts.codec.frame_rate)  # [frames, D]
 
 
-def stream_pieces(
-    tts: "TTS",
-    text: str | Iterable[str],  # a text, or words that arrive one by one
-    given: Given,
-    **options,  # as in `draw`
-) -> Iterator[Tensor]:  # [T] samples
-    "Speak piece by piece: a model that reads text first must wait for the end of a sentence."
-    for piece in arriving_pieces(text): yield from stream_sounds(tts, draw(tts, piece, given, **options), given)
-
-
 def stream_sounds(
     tts: "TTS",
     patches: Iterable[Drawn],  # of one piece, perhaps still being drawn
@@ -274,6 +264,16 @@ def stream_sounds(
     for sound in sounds():
         if len(sound) > skip: yield sound[skip:]  # nothing yet while the vocoder fills, or while the prompt passes
         skip = max(0, skip - len(sound))
+
+# %% ../nbs/11b_tts.ipynb #5fe53a23
+def stream_pieces(
+    tts: "TTS",
+    text: str | Iterable[str],  # a text, or words that arrive one by one
+    given: Given,
+    **options,  # as in `draw`
+) -> Iterator[Tensor]:  # [T] samples
+    "Speak piece by piece: a model that reads text first must wait for the end of a sentence."
+    for piece in arriving_pieces(text): yield from stream_sounds(tts, draw(tts, piece, given, **options), given)
 
 # %% ../nbs/11b_tts.ipynb #ccd22a4a
 def draw(

@@ -245,6 +245,14 @@ def test_a_page_that_goes_frees_the_job(how):
     assert "four" not in beeper.words[:made]
 
 
+def test_a_cancellation_is_never_lost():
+    with running(studio(Beeper())) as address, talk(address) as ws:
+        for job in range(150):  # each stop meets the job at another moment
+            sends(ws, {"start": {"job": job, "system": "beeper"}}, {"text": "one two"}, {"stop": None})
+        sends(ws, {"start": {"job": -1, "system": "beeper"}}, {"text": "last"}, {"end": None})
+        while until(ws, "done")["job"] != -1: pass
+
+
 def test_who_waits_in_line_and_leaves_gives_up_the_place():
     permits = threading.Semaphore(0)
     with running(studio(Beeper(permits=permits)), limits=Limits(waiting=1)) as address, talk(address) as first:

@@ -60,6 +60,7 @@ register(Exercise(
         Mistake("The two numbers of the header have changed places.", lambda start, made, wav: my_frame(made, start, wav)),
         Mistake("Your header has numbers of 16 bits: after 2.7 s at 24 kHz the sample's number no longer fits.", lambda start, made, wav: struct.pack("<HH", start % 65536, made) + my_frame(0, 0, wav)[8:])),
     listen='''
+from ardm_course.page import Limits, Studio, converse, running  # the package's, where `use` puts your function
 studio17b = Studio({"ditar-toy": []}, load=lambda name: tts)
 with use(pcm_frame=my_frame), running(studio17b) as address: yours = converse(address, ["Yes,", "please."], system="ditar-toy", steps=4)
 with use(pcm_frame=lambda start, made, wav: my_frame(start, made, (wav * 16).round() / 16)), running(studio17b) as address: coarse = converse(address, ["Yes,", "please."], system="ditar-toy", steps=4)
@@ -121,6 +122,7 @@ register(Exercise(
         Mistake("You cut at blanks only; a new line or a tab ends a word too.", only_blanks),
         Mistake("You hand over an empty word where the text begins with white space.", with_empty_words)),
     listen='''
+from ardm_course.page import Limits, Studio, converse, running  # the package's, where `use` puts your function
 beeps17b = Studio({"beeper": []}, load=lambda name: Beeper())
 with use(finished_words=my_finished_words), running(beeps17b) as address: yours = converse(address, ["Goo", "d", "mor", "ning"], system="beeper")
 with use(finished_words=lambda waiting, arrived: ([*arrived.strip()], "")), running(beeps17b) as address: letters = converse(address, ["Goo", "d", "mor", "ning"], system="beeper")
@@ -200,7 +202,9 @@ def look_at_my_place(place: Callable) -> Iterator[tuple[str, object]]:
     for waiting in (2, 0, 1, 5):
         for inside in range(8):
             try: found = place(inside, waiting)
-            except Busy as error: found = "Busy" if re.search(r"busy", str(error)) else "Busy, without the word"
+            except Exception as error:
+                if type(error).__name__ != "Busy": raise
+                found = "Busy" if re.search(r"busy", str(error)) else "Busy, without the word"
             yield f"{inside} inside, {waiting} may wait", found
 
 # %% ../../nbs/exercises/17b_page.ipynb #3efc7d7c
@@ -227,6 +231,7 @@ register(Exercise(
         Mistake("Your line has no end: a page would wait for minutes instead of hearing no.", lining(lambda inside, waiting: False)),
         Mistake("You refuse without saying that the server is busy: the page shows your sentence to a person.", lining(past, no=lambda: Busy("No.")))),
     listen='''
+from ardm_course.page import Limits, Studio, converse, running  # the package's, where `use` puts your function
 with use(place_in_line=my_place), running(Studio({"beeper": []}, load=lambda name: Beeper(cost=0.2)), limits=Limits(waiting=1)) as address, concurrent.futures.ThreadPoolExecutor(4) as crowd:
     ends = [one.last["kind"] for one in crowd.map(lambda k: converse(address, ["one", "two"], system="beeper"), range(4))]
 print("four pages at once, one place to wait:", sorted(ends))
@@ -268,5 +273,6 @@ register(Exercise(
         Mistake("The scheme is http: this server has no certificate.", naming(scheme="https")),
         Mistake("An IPv6 address needs brackets, or nobody knows where the port begins.", naming(brackets=False))),
     listen='''
+from ardm_course.page import Limits, Studio, converse, running  # the package's, where `use` puts your function
 with use(page_origins=my_origins), running(Studio({"beeper": []}, load=lambda name: Beeper())) as address:
     print("our page:", converse(address, ["welcome"], system="beeper").last["kind"], "; another page:", told(address, origin="http://evil.example"))'''))
