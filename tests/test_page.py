@@ -245,7 +245,21 @@ def test_a_page_that_goes_frees_the_job(how):
     assert "four" not in beeper.words[:made]
 
 
-def test_a_cancellation_is_never_lost():
+def test_a_cancellation_that_comes_with_a_result_is_kept():
+    import asyncio
+    async def both():
+        result = asyncio.get_running_loop().create_future()
+        waiting = asyncio.create_task(page.within(60, result))
+        await asyncio.sleep(0)
+        result.set_result("sound")
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError): await waiting
+        assert await page.within(60, asyncio.sleep(0, "in time")) == "in time"
+        with pytest.raises(asyncio.TimeoutError): await page.within(0, asyncio.sleep(60))
+    asyncio.run(both())
+
+
+def test_stops_at_any_moment():
     with running(studio(Beeper())) as address, talk(address) as ws:
         for job in range(150):  # each stop meets the job at another moment
             sends(ws, {"start": {"job": job, "system": "beeper"}}, {"text": "one two"}, {"stop": None})
