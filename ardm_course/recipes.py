@@ -106,8 +106,8 @@ PHRASES = TrainConfig(steps=4000, minutes=10.5, learning_rate=1.5e-3, batch_fram
 RECIPES = {
     "toy": Recipe("phrases", toy_shape(), PHRASES),
     "toy-unaligned": Recipe("phrases", toy_shape(), PHRASES, teacher=None),
-    "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), patch_share=0.25),
-                        TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
+    "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), input_noise=0.3, history_noise=0.3),
+                        TrainConfig(steps=18000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
     "voxcpm-toy": Recipe("open+many", voxcpm_shape(text=TextConfig("phonemes", 0.9), patch_share=0.25, voice="4001"),
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000, decay_batches=2), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
     "mela-toy": Recipe("choir", mela_shape(192, 4), replace(PHRASES, steps=12000, minutes=None), teacher="phones", voices=True),
