@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 
+from ardm_course.audio import LogMel
 from ardm_course.core import CourseError, data_dir
 from ardm_course.corpus import decode, load_corpus, load_phones, statistics
 from ardm_course.data_build import (CHOIR, DRAWN, NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
@@ -182,8 +183,9 @@ def test_shipped_rows_can_be_made_again():
         again, phones = make_row(item, "opus")
         assert {**again, "audio": None} == {**row, "audio": None}
         assert phones["phonemes"] == load_phones(name)[row["id"]]["phonemes"]
-        if again["audio"]["bytes"] != row["audio"]["bytes"]:  # another version of onnxruntime or libopus may round differently
-            assert torch.nn.functional.cosine_similarity(decode(again), decode(row), dim=0) > 0.98
+        if again["audio"]["bytes"] != row["audio"]["bytes"]:  # another processor or onnxruntime rounds differently, and phases drift apart
+            ours, theirs = LogMel()(decode(again)), LogMel()(decode(row))  # measured: 0.15 between two processors,
+            assert ours.shape == theirs.shape and (ours - theirs).abs().mean() < 0.25  # 0.37 for a shift of 10 ms, 1.4 for another sentence
 
 
 @needs_hibari
