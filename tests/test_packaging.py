@@ -53,3 +53,8 @@ def test_exercises_answer_without_the_checkout(installed, tmp_path):
 def test_the_command_is_installed(installed, tmp_path):
     out = subprocess.run([Path(installed).parent / "ardm-course", "--help"], check=True, capture_output=True, text=True, cwd=tmp_path).stdout
     assert "speak" in out and "evaluate" in out
+
+
+def test_the_page_is_in_the_wheel(installed, tmp_path):
+    out = run(installed, "import ardm_course; from pathlib import Path; print(Path(ardm_course.__file__).with_name('page.html').read_text(encoding='utf-8')[:15])", tmp_path)
+    assert out.lower().startswith("<!doctype html>")
