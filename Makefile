@@ -27,7 +27,7 @@ run: env  ## the main job: train, speak, evaluate, report (TEXT="..." adds a sen
 	TEXT='$(subst ','\'',$(TEXT))' ARDM_TIER=$(or $(TIER),toy) $(BIN)/ipython nbs/21_libritts.ipynb
 
 test: env  ## every test and every notebook, in parallel
-	$(BIN)/python -m pytest -n 2 tests
+	$(BIN)/python -m pytest -n 2 --dist worksteal tests
 
 check: env  ## what CI asks of a commit: exporting and cleaning the notebooks changes nothing
 	$(BIN)/nbdev_export && $(BIN)/nbdev_clean && git diff --exit-code -- nbs ardm_course
