@@ -8,10 +8,10 @@ __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_do
            'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median', 'seconds_of',
            'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named', 'generate_without_cache',
            'generation_times', 'run_bench_generate', 'run_bench_original', 'ratio_of', 'run_bench_stream',
-           'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times',
-           'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions',
-           'run_resynthesise', 'speaking_options', 'add_data', 'add_model', 'add_serve', 'add_measure',
-           'add_resynthesise', 'make_parser', 'main']
+           'run_bench_systems', 'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds',
+           'through', 'codec_times', 'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs',
+           'print_versions', 'run_resynthesise', 'speaking_options', 'add_data', 'add_model', 'add_serve',
+           'add_measure', 'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -475,6 +475,18 @@ def run_bench_stream(args: argparse.Namespace) -> None:
         if name != "windows": print(f"{name.replace('_', ' '):22} {value:8.2f}")
     save_bench(args.json, {"bench": "stream", "system": args.name, "ratio": tts.model.config.interleave, **options, **found})
 
+# %% ../nbs/appendix/cli.ipynb #9ec867fa
+def run_bench_systems(args: argparse.Namespace) -> None:
+    "ardm-course bench systems"
+    from ardm_course.recipes import side_by_side
+    found = side_by_side(count=args.count, seeds=tuple(range(args.seeds)), result=None)
+    print_rows(found["rows"])
+    for name, row in found["rows"].items():
+        if "rtf" in row:
+            print(f"{name:14}real-time factor {row['rtf']:.2f}, first sound {row['first_audio_ms']:.0f} ms, {row['parameters'] / 1e6:.1f}M parameters, "
+                  f"{row['gflops_per_s']:.1f} GFLOP per second of speech")
+    save_bench(args.json, {"bench": "systems", **found})
+
 # %% ../nbs/appendix/cli.ipynb #c11d0002
 SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
@@ -767,7 +779,7 @@ def add_measure(commands) -> None:
     evaluate.add_argument("--limit", type=at_least(int, 1), help="only the first sentences")
     evaluate.add_argument("--json", type=Path, help="file to write")
     speaking_options(evaluate)
-    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate|original|stream")
+    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate|original|stream|systems")
     train = command(bench, "train", run_bench_train, "Seconds of speech per core-second of a recipe's training step, with 1 and with all threads.",
                     "bench train toy --json train.json")
     generate = command(bench, "generate", run_bench_generate, "Real-time factor, first sound, and what guidance and the cache are worth.",
@@ -786,8 +798,12 @@ def add_measure(commands) -> None:
         parser.add_argument("name", nargs="?", default=name, help="checkpoint, or a recipe for random weights of its shape (default: %(default)s)")
         parser.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
         parser.add_argument("--guidance", type=float, default=2.0, help="scale of the guided variant (default: %(default)s)")
+    systems = command(bench, "systems", run_bench_systems, "All released systems say the same held-out sentences: errors, voice, sound, speed, operations.",
+                      "bench systems --json systems.json\nbench systems --count 10")
+    systems.add_argument("--count", type=at_least(int, 1), default=40, help="sentences of the closed language (default: %(default)s)")
+    systems.add_argument("--seeds", type=at_least(int, 1), default=1, help="say everything with seeds 0, 1, ... (default: %(default)s)")
     for parser in (train, generate, original): parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
-    for parser in (train, generate, original, stream): parser.add_argument("--json", type=Path, help="file to write")
+    for parser in (train, generate, original, stream, systems): parser.add_argument("--json", type=Path, help="file to write")
 
 # %% ../nbs/appendix/cli.ipynb #c11d000a
 def add_resynthesise(commands) -> None:

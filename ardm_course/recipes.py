@@ -7,12 +7,13 @@ __all__ = ['STRUCTURES', 'ALIGNMENTS', 'PHRASES', 'CHOIR', 'RECIPES', 'Teach', '
            'toy_shape', 'voxcpm_shape', 'mela_shape', 'full_shape', 'recipe', 'corpus_sources', 'open_split',
            'first_rows', 'some_speech', 'states_teacher', 'train_recogniser', 'phone_teacher', 'phones_of',
            'find_teacher', 'make_codec', 'Prepared', 'prepare', 'latents_key', 'measured_rate', 'flow_at', 'validation',
-           'continued', 'start_from', 'make_model', 'train', 'training_summary', 'Spoken', 'held_out', 'own_voice',
-           'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached', 'release', 'judged_run', 'mean_of_runs',
-           'compare_recipes', 'sweep', 'operations', 'said_by', 'side_by_side']
+           'held_out', 'own_voice', 'listening', 'continued', 'start_from', 'make_model', 'train', 'training_summary',
+           'Spoken', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached', 'release', 'judged_run',
+           'mean_of_runs', 'compare_recipes', 'sooner', 'speed_up', 'sweep', 'operations', 'said_by', 'side_by_side']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from .audio import LogMel, resample, save_audio
 from .cascade import CascadeConfig
 from .core import CourseError, atomic_write, cache_dir, count_parameters, data_dir, human, pick_device, seed_everything
 from .corpus import FeatureCache, decode, load_corpus, load_phones
-from .evaluation import Sample, measure, real_time_factor, stop_reasons, summarise, time_stream
+from .evaluation import Sample, error_rates, load_recogniser, measure, real_time_factor, stop_reasons, summarise, time_stream
 from .full import FullConfig
 from .locdit import HeadConfig
 from .mela import MELAConfig, recorded_voices
@@ -326,6 +327,33 @@ def validation(
         return sums
     return validate
 
+# %% ../nbs/21_libritts.ipynb #c21787b4
+def held_out(
+    recipe: Recipe,
+    count: int,  # rows
+    corpus: str | Path | None = None,  # another copy of the corpus
+) -> list[dict]:  # rows spread evenly over the test split
+    "Sentences that were never trained on."
+    rows = open_split(recipe, corpus_sources(recipe, corpus), recipe.splits[2])
+    return [rows[index] for index in range(0, len(rows), max(1, len(rows) // count))][:count]
+
+
+def own_voice(tts: TTS, row: dict) -> str | None:
+    "The voice that recorded a row, if the system knows it by name; None: the system's own."
+    return row["speaker_id"] if row["speaker_id"] in tts.model.config.speakers else None
+
+
+def listening(
+    rows: list[dict],  # of a corpus
+) -> Callable[[ARDM], dict[str, float]]:
+    "A validate function: the share of words that Moonshine gets wrong when the model says these sentences."
+    judge, texts = load_recogniser("moonshine"), [row["text_normalized"] for row in rows]
+    def validate(model: ARDM) -> dict[str, float]:
+        tts = TTS(model)
+        spoken = [tts(text, voice=own_voice(tts, row), seed=0) for text, row in zip(texts, rows)]
+        return {"wer": error_rates(texts, judge.many([s.wav for s in spoken], tts.codec.sample_rate))["wer"]}
+    return validate
+
 # %% ../nbs/21_libritts.ipynb #0943ecca
 def continued(
     config: ARDMConfig,  # of a recipe
@@ -364,6 +392,7 @@ def train(
     corpus: str | Path | None = None,  # another copy of the corpus
     data: Prepared | None = None,  # what `prepare` made; None: make it
     start: str | Path | None = None,  # go on from a checkpoint: its weights, latents, voices and positions
+    listen: int = 0,  # speak so many held-out sentences at every validation, for a curve of word errors
     **changes,  # fields of the TrainConfig to change, such as steps=100
 ) -> tuple[TTS, list[dict]]:  # the trained model with averaged weights, also saved in folder/model; and the log
     "Train a named recipe."
@@ -371,7 +400,8 @@ def train(
     if start: chosen = replace(chosen, model=continued(chosen.model, start))
     data = data or prepare(chosen, corpus)
     model = make_model(data, settings.seed, start)
-    trainer = Trainer(model, data.train, model.fold, settings, folder, validate=validation(data.validation))
+    checks = [validation(data.validation), *([listening(held_out(chosen, listen, corpus))] if listen else [])]
+    trainer = Trainer(model, data.train, model.fold, settings, folder, validate=lambda model: {key: value for check in checks for key, value in check(model).items()})
     history = trainer.fit()
     with trainer.ema.swapped(): save_model(trainer.accelerator.unwrap_model(trainer.model), Path(folder) / "model")
     return TTS.from_pretrained(Path(folder) / "model"), history
@@ -394,21 +424,6 @@ class Spoken:
     resynthesised: Tensor  # [T'] samples
     griffin_lim: Tensor  # [T'] samples
     generated: Speech
-
-
-def held_out(
-    recipe: Recipe,
-    count: int,  # rows
-    corpus: str | Path | None = None,  # another copy of the corpus
-) -> list[dict]:  # rows spread evenly over the test split
-    "Sentences that were never trained on."
-    rows = open_split(recipe, corpus_sources(recipe, corpus), recipe.splits[2])
-    return [rows[index] for index in range(0, len(rows), max(1, len(rows) // count))][:count]
-
-
-def own_voice(tts: TTS, row: dict) -> str | None:
-    "The voice that recorded a row, if the system knows it by name; None: the system's own."
-    return row["speaker_id"] if row["speaker_id"] in tts.model.config.speakers else None
 
 
 def speak_row(
@@ -523,7 +538,9 @@ def judged_run(
 ) -> dict:  # a report row of what was generated, with the training's figures
     "What one training came to."
     row, _ = judge("generated", [s.text for s in spoken], [s.generated.wav for s in spoken], [s.real for s in spoken])
-    return {**row, **training_summary(history, frame_rate), "valid_flow": [r["valid_flow"] for r in history if "valid_flow" in r][-1]}
+    checked = [r for r in history if "valid_flow" in r]
+    curves = {name: [(r["step"], r[f"valid_{name}"]) for r in checked] for name in ("flow", "wer") if f"valid_{name}" in checked[-1]}
+    return {**row, **training_summary(history, frame_rate), "valid_flow": checked[-1]["valid_flow"], "curves": curves}
 
 
 def mean_of_runs(
@@ -554,6 +571,33 @@ def compare_recipes(
             found = {**told, "sentence": spoken[0].text, "rows": {name: mean_of_runs(rows) for name, rows in runs.items() if rows}}
             write_json(results / f"{result}.json", found)
     return found
+
+# %% ../nbs/21_libritts.ipynb #b7041b44
+def sooner(
+    slow: list[tuple[int, float]],  # (step, figure that should fall)
+    fast: list[tuple[int, float]],  # like slow
+) -> float | None:  # how many times sooner; None if the fast run is never as low
+    "Steps of the slow run, divided by the steps after which the fast run is as low as the slow one ends."
+    (last, goal), before = slow[-1], fast[0]
+    for step, value in fast:
+        if value <= goal:
+            share = (before[1] - goal) / (before[1] - value) if before[1] > value else 1.0
+            return last / (before[0] + share * (step - before[0]))
+        before = (step, value)
+    return None
+
+
+def speed_up(
+    found: dict,  # from compare_recipes
+    slow: str,  # a recipe in it
+    fast: str,  # like slow
+    figure: str = "flow",  # or "wer"
+) -> tuple[float, float, float] | None:  # the middle of all pairs of seeds, the least and the most; None if one never gets there
+    "How many times sooner one recipe is as good as the other ends."
+    runs = [found["rows"][name].get("runs", [found["rows"][name]]) for name in (slow, fast)]
+    factors = [sooner(one["curves"][figure], other["curves"][figure]) for one in runs[0] for other in runs[1]]
+    if None in factors: return None
+    return statistics.median(factors), min(factors), max(factors)
 
 # %% ../nbs/21_libritts.ipynb #ff2ed298
 def sweep(

@@ -64,7 +64,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("words", [[], ["doctor"], ["data"], ["data", "build"], ["data", "check"], ["data", "info"], ["train"], ["speak"], ["serve"],
-                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"], ["bench", "stream"]])
+                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"], ["bench", "stream"], ["bench", "systems"]])
 def test_every_command_has_a_help_text(words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*words, "--help"])
@@ -387,6 +387,14 @@ def test_bench_stream(tiny, ratio):
     found = json.loads(open("s.json").read())
     assert found["sentences"] == 2 and found["minutes"] >= 0.1 and found["ratio"] == ([12, 3] if ratio else []) and found["environment"]
     assert {"first_audio_ms", "rtf", "stalls", "memory_growth_mb", "loudness_db_per_min", "rate_percent_per_min"} <= set(found)
+
+
+def test_bench_systems(tiny, tmp_path, monkeypatch, capsys):
+    whole = recipes.side_by_side
+    monkeypatch.setattr(recipes, "side_by_side", lambda **options: whole((tiny,), **options))
+    assert cli.main(["bench", "systems", "--count", "1", "--json", "s.json"]) == 0
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert list(found["rows"]) == ["recorded", "vocoder", tiny] and found["rows"][tiny]["rtf"] > 0 and "GFLOP" in capsys.readouterr().out
 
 
 def test_random_speech_looks_like_speech_data():

@@ -8,7 +8,7 @@ from ardm_course import recipes
 from ardm_course.audio import save_audio
 from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
-from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, prepare, recipe, speak_row, toy_shape, train
+from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, judged_run, prepare, recipe, side_by_side, speak_row, speed_up, toy_shape, train
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,33 @@ def test_training_goes_on_where_it_stopped(tmp_path, monkeypatch):
     parts, _ = train("tiny", tmp_path / "parts", data=data, steps=4, **options)
     for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values()):
         assert torch.equal(a, b), name
+
+
+def test_a_training_is_listened_to(tmp_path, monkeypatch):
+    "With `listen`, every validation counts word errors, and listening changes nothing in the training."
+    class Deaf:
+        def many(self, wavs, rate): return ["the"] * len(list(wavs))
+    monkeypatch.setattr(recipes, "load_recogniser", lambda name: Deaf())
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe("toy-unaligned"), model=toy_shape(48, 1, 1)))
+    options = {"warmup": 1, "batch_frames": 600, "minutes": None, "validate_every": 1, "checkpoint_every": 100}
+    data = prepare(RECIPES["tiny"], limit=4)
+    plain, _ = train("tiny", tmp_path / "plain", data=data, steps=2, **options)
+    heard, history = train("tiny", tmp_path / "heard", data=data, listen=1, steps=2, **options)
+    assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), heard.model.state_dict().values()))
+    told = judged_run([speak_row(heard, row, steps=1, threshold=-1.0) for row in held_out(RECIPES["tiny"], 1)], history, 50.0)
+    assert [step for step, wer in told["curves"]["wer"] if wer > 0.5] == [1, 2] and len(told["curves"]["flow"]) == 2
+    assert speed_up({"rows": {"a": told, "b": told}}, "a", "b")[0] in (1.0, 2.0)
+
+
+def test_all_systems_say_the_same(tmp_path, monkeypatch):
+    "A row for the recordings, one per codec and one per system; what is not in this copy is left out."
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe("toy-unaligned"), model=toy_shape(48, 1, 1)))
+    options = {"warmup": 1, "batch_frames": 600, "minutes": None, "validate_every": 100, "checkpoint_every": 100}
+    train("tiny", tmp_path / "run", data=prepare(RECIPES["tiny"], limit=4), steps=1, **options)
+    mine = str(tmp_path / "run" / "model")
+    found = side_by_side((mine, "absent"), count=1, result=None)
+    assert list(found["rows"]) == ["recorded", "vocoder", mine] and found["rows"][mine]["n"] == 1
+    assert found["rows"][mine]["gflops_per_s"] > 0.1 and found["rows"][mine]["parameters"] < 1e6
 
 
 def test_unknown_recipe_and_missing_corpus(monkeypatch):
