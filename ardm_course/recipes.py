@@ -151,7 +151,7 @@ def open_split(
     on_disk = split.replace(".", "-")
     return concatenate_datasets([load_corpus(source, on_disk if (Path(source) / on_disk).is_dir() else split, recipe.config, streaming=False) for source in sources])
 
-# %% ../nbs/21_libritts.ipynb #ad8a2218
+
 def first_rows(
     rows,  # of a corpus
     limit: int | None,

@@ -12,7 +12,7 @@ import torch
 from ardm_course.audio import LogMel
 from ardm_course.core import CourseError, data_dir
 from ardm_course.corpus import decode, load_corpus, load_phones, statistics
-from ardm_course.data_build import (CHOIR, DRAWN, NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
+from ardm_course.data_build import (CHOIR, CORPORA, DRAWN, NUMBERS, VOICES, Item, Voice, book_paragraphs, book_sentences, build, distinct_sentences,
                                     easiest_first, encode_audio, estimated_seconds, expand, held_out, make_row, move_pitch,
                                     move_spectrum, ogg_checksum, plan, read_grammar, read_texts, recordings, same_ogg,
                                     sentence_key, speak, speakable, texts_dir, voice_of)
@@ -180,7 +180,7 @@ def test_shipped_rows_can_be_made_again():
     for name, speaker in (("phrases", "4001"), ("stories", "4004")):
         row = next(row for row in load_corpus(name, "test") if row["speaker_id"] == speaker)
         item = next(item for item in plan(name)["test"] if item.id == row["id"])
-        again, phones = make_row(item, "opus")
+        again, phones = make_row(item, CORPORA[name][1])
         assert {**again, "audio": None} == {**row, "audio": None}
         assert phones["phonemes"] == load_phones(name)[row["id"]]["phonemes"]
         if again["audio"]["bytes"] != row["audio"]["bytes"]:  # another processor or onnxruntime rounds differently, and phases drift apart
