@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['SPEAKER_ENCODERS', 'MELAConfig', 'Memory', 'states_before', 'FrameConditions', 'MELADiT', 'resemblyzer',
            'hear_speaker', 'crop_frames', 'UtteranceEncoder', 'on_sphere', 'Voices', 'VoiceEmbedding', 'with_voices',
-           'hear_voice', 'MELA', 'paper_shape', 'from_qwen2', 'recorded_voices', 'slerp', 'voice_vector', 'mix_voices']
+           'hear_voice', 'MELA', 'paper_shape', 'recorded_voices', 'slerp', 'voice_vector', 'mix_voices']
 
 # %% ../nbs/15_mela.ipynb #a7339528
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .core import CourseError
 from .corpus import FeatureCache
 from .evaluation import judge_folder, standing_judge
 from .locdit import HeadConfig, LocDiT, modulations
-from .transformer import KVCache, Transformer, TransformerConfig, load_qwen2
+from .transformer import KVCache, Transformer, TransformerConfig
 from .tts import TTS, Given, Prompt, begin_with
 
 # %% ../nbs/15_mela.ipynb #41920759
@@ -252,18 +251,6 @@ def paper_shape() -> MELAConfig:
     "The published shape: Qwen2-0.5B, and a DiT of 22 layers, 1024 wide, 16 heads; the speaker parts are our choice."
     return MELAConfig(vocabulary=151936, backbone=TransformerConfig(896, 24, 14, 2, 4864, 1e6, bias=True), speaker_dim=192, crop=150,
                       head=HeadConfig(path="cosine", solver="ddim", width=1024, layers=22, heads=16, hidden=1365), listener=TransformerConfig(512, 4, 8, 8, 1365, causal=False))
-
-
-def from_qwen2(
-    config: MELAConfig,  # its backbone and vocabulary are replaced by the checkpoint's
-    source: str | Path,  # folder of a Qwen2 language model, or a hub id such as "Qwen/Qwen2-0.5B"
-) -> MELA:
-    "A MELA whose language model and text embeddings are pretrained; everything else is new. Raises CourseError as load_qwen2 does."
-    backbone, embeddings = load_qwen2(source)
-    model = replace(config, backbone=backbone.config, vocabulary=len(embeddings)).build()
-    model.backbone.load_state_dict(backbone.state_dict())
-    model.text.load_state_dict({"weight": embeddings})
-    return model
 
 # %% ../nbs/15_mela.ipynb #e4c291a6
 def recorded_voices(

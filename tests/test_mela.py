@@ -11,12 +11,13 @@ from ardm_course import mela
 from ardm_course.ardm import ARDMConfig, SpeechData, Utterance, begin, embed, head_inputs, hear, read
 from ardm_course.core import CourseError, count_parameters
 from ardm_course.locdit import HeadConfig
-from ardm_course.mela import (MELA, Memory, MELAConfig, Voices, crop_frames, from_qwen2, hear_speaker, mix_voices, on_sphere, paper_shape, recorded_voices, slerp,
+from ardm_course.mela import (MELA, Memory, MELAConfig, Voices, crop_frames, hear_speaker, mix_voices, on_sphere, paper_shape, recorded_voices, slerp,
                               states_before, voice_vector)
 from ardm_course.training import TrainConfig, Trainer, training_steps
-from ardm_course.transformer import TransformerConfig
+from ardm_course.transformer import TransformerConfig, load_qwen2
 from ardm_course.tts import TTS, Prompt, begin_with, draw, say
 from ardm_course.vocoder import MelCodec, MelCodecConfig
+from ardm_course.voxcpm import from_language
 
 
 def ear(wav, rate):
@@ -446,7 +447,7 @@ def test_a_pretrained_language_model(tmp_path):
     torch.manual_seed(0)
     theirs = Qwen2ForCausalLM(Qwen2Config(vocab_size=99, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)).eval()
     theirs.save_pretrained(tmp_path)
-    ours = from_qwen2(shape(), tmp_path).eval()
+    ours = from_language(shape(), load_qwen2(tmp_path)).eval()
     assert ours.config.vocabulary == 99 and ours.config.backbone.width == 64 and ours.config.head.cond_dim == 192 and shape().vocabulary != 99
     ids = torch.randint(99, (2, 11))
     with torch.no_grad(): torch.testing.assert_close(ours.backbone(ours.text(ids)), theirs.model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)

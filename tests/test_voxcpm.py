@@ -14,7 +14,7 @@ from ardm_course.neural import digest_of, find_checkpoint
 from ardm_course.transformer import Transformer, TransformerConfig
 from ardm_course.tts import TTS, Prompt, begin_with, context, draw, encode_prompt, load_model, save_model
 from ardm_course.vocoder import MelCodec, MelCodecConfig
-from ardm_course.voxcpm import Guard, LocEnc, VoxCPMConfig, collect_states, draw_guarded, ending, linear_probe, speak_safely, start_from, until_good
+from ardm_course.voxcpm import Guard, LocEnc, VoxCPMConfig, collect_states, draw_guarded, ending, linear_probe, speak_safely, from_language, until_good
 
 STRUCTURES = {"whole": {}, "no grid, no residual": {"grid": 0, "residual_layers": 0}, "deeper": {"grid": 0, "residual_layers": 0, "backbone": TransformerConfig(32, 3, 2, 2, 64)},
               "deaf residual": {"residual_hears": False}, "no residual": {"residual_layers": 0}}
@@ -200,7 +200,7 @@ def test_published_size_of_version_2():
 def test_a_text_model_as_beginning(bias):
     torch.manual_seed(1)
     backbone, table = Transformer(TransformerConfig(48, 2, 4, 2, 96, 1e6, bias=bias, rope_factors=tuple(1 + k / 9 for k in range(6)))).eval(), torch.randn(70, 48)
-    model = start_from(shape(residual_layers=1), (backbone, table)).eval()
+    model = from_language(shape(residual_layers=1), (backbone, table)).eval()
     assert model.config.vocabulary == 70 and model.config.head.cond_dim == 96 and model.residual.config.width == 48 and len(model.residual.blocks) == 1
     x, u = torch.randn(1, 5, 48), speech()
     with torch.no_grad():
