@@ -171,8 +171,10 @@ def sentences(args: argparse.Namespace) -> tuple[dict, str | None, dict[str, str
     from ardm_course.corpus import decode, load_corpus
     from ardm_course.data_build import speak, texts_dir
     from ardm_course.text import has_g2p, normalise
+    from ardm_course.wavevae import BUILT, built_corpus
     if args.corpus:
-        rows = {row["text_normalized"]: row for row in islice(load_corpus(args.corpus, args.split), args.limit)}
+        source = built_corpus(args.corpus) if args.corpus in BUILT else args.corpus
+        rows = {row["text_normalized"]: row for row in islice(load_corpus(source, args.split), args.limit)}
         return {text: decode(row) for text, row in rows.items()}, f"recordings of {args.corpus}, {args.split}", {text: row["speaker_id"] for text, row in rows.items()}
     lines = (args.sentences or texts_dir() / "unseen.txt").read_text(encoding="utf-8").splitlines()
     texts = [line.strip() for line in lines if line.strip()][:args.limit]
