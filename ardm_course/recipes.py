@@ -8,7 +8,7 @@ __all__ = ['STRUCTURES', 'ALIGNMENTS', 'PHRASES', 'CHOIR', 'RECIPES', 'Teach', '
            'first_rows', 'some_speech', 'states_teacher', 'train_recogniser', 'phone_teacher', 'phones_of',
            'find_teacher', 'make_codec', 'Prepared', 'prepare', 'latents_key', 'measured_rate', 'flow_at', 'validation',
            'held_out', 'own_voice', 'listening', 'continued', 'start_from', 'make_model', 'train', 'training_summary',
-           'Spoken', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached', 'release']
+           'Spoken', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached', 'release', 'Needs', 'needs']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
 import json
@@ -18,8 +18,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
-from .ardm import ARDM, ARDMConfig, Batch, SpeechData, head_inputs, read
+from .ardm import ARDM, ARDMConfig, Batch, SpeechData, Utterance, head_inputs, read
 from .audio import LogMel
 from .cascade import CascadeConfig
 from .core import CourseError, atomic_write, cache_dir, count_parameters, data_dir, human, pick_device, seed_everything
@@ -117,7 +119,7 @@ RECIPES = {
        for number, changes in STRUCTURES.items()},
     **{f"mela-{number}": Recipe("choir", mela_shape(192, 4, crop=crop), PHRASES, teacher, voices=True) for number, (teacher, crop) in ALIGNMENTS.items()},
     "small": Recipe("mythicinfinity/libritts", toy_shape(768, 12, 8),
-                    TrainConfig(steps=200_000, learning_rate=3e-4, warmup=2000, batch_frames=60_000, validate_every=5000, checkpoint_every=2000),
+                    TrainConfig(steps=40_000, learning_rate=3e-4, warmup=2000, batch_frames=60_000, validate_every=2000, checkpoint_every=2000),
                     splits=("train.clean.100", "dev.clean", "test.clean"), config="clean", voices=True, longest=16.0),
 }
 
@@ -526,3 +528,34 @@ def release(
     kept = [row for row in history if "valid_flow" in row or row["step"] % 100 == 0]
     with atomic_write(target / "log.jsonl") as draft: draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     return target
+
+# %% ../nbs/21_libritts.ipynb #fb263eb6
+@dataclass
+class Needs:
+    "What a training asks of a machine."
+    operations: float  # 10**9 per second of speech, forward and backward
+    speech_hours: float  # that the training sees
+    state_gb: float  # weights, gradients, two moments and the average, 32 bits each
+    kept_gb: float  # of one batch for the backward pass, 32 bits each; on a GPU about half
+    cache_gb: float  # latents and teacher features of the corpus, on disk
+
+    def hours(self, speed: float) -> float: # operations per second that the machine keeps up -> hours of training
+        "How long it takes."
+        return self.operations * 1e9 * self.speech_hours / speed
+
+
+def needs(
+    recipe: Recipe,
+    utterance: Utterance,  # of the kind that it trains on
+    corpus_hours: float,  # of speech in the corpus
+    frame_rate: float = 50.0,  # of the latents
+) -> Needs:
+    "Count one utterance's forward pass and scale it up: the backward pass costs two of them, and all but attention grows with the speech."
+    model, seconds, kept = recipe.model.build(), utterance.patches.flatten(0, 1).shape[0] / frame_rate, {}
+    with FlopCounterMode(display=False) as counter, saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x.nbytes}) or x, lambda x: x):
+        model(model.fold([utterance]))
+    state, training = sum(p.nbytes for p in model.parameters()), recipe.training
+    for parameter in model.parameters(): kept.pop(parameter.data_ptr(), None)
+    stored = utterance.patches.numel() + (0 if utterance.teacher is None else utterance.teacher.numel())  # numbers of 16 bits
+    return Needs(3 * counter.get_total_flops() / seconds / 1e9, training.steps * training.batch_frames / frame_rate / 3600, 5 * state / 1e9,
+                 sum(kept.values()) * training.batch_frames / frame_rate / seconds / 1e9, 2 * stored * corpus_hours * 3600 / seconds / 1e9)

@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from ardm_course import recipes
+from ardm_course.ardm import Utterance
 from ardm_course.audio import save_audio
 from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
-from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, judged_run, prepare, recipe, side_by_side, speak_row, speed_up, toy_shape, train
+from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, judged_run, needs, prepare, recipe, side_by_side, speak_row, speed_up, toy_shape, train
 
 
 @pytest.fixture(autouse=True)
@@ -131,3 +132,17 @@ def test_a_training_starts_from_a_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()))
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], model=toy_shape(96, 1, 1)))
     with pytest.raises(CourseError, match="another shape"): train("tiny", tmp_path / "third", start=start, data=replace(again, config=toy_shape(96, 1, 1)), **options)
+
+
+def test_what_a_training_needs():
+    "Three times the forward pass is what forward and backward really cost, and the scaling is the recipe's."
+    from torch.utils.flop_counter import FlopCounterMode
+    torch.manual_seed(0)
+    chosen, seconds = replace(recipe("toy"), model=toy_shape(96, 2, 1, patch_share=1.0)), 20 * 8 / 50
+    u = Utterance(torch.randint(2, 90, (50,)), torch.randn(20, 8, 80), 0, torch.randn(20, 4, 384))
+    found, model = needs(chosen, u, corpus_hours=2.0), chosen.model.build()
+    with FlopCounterMode(display=False) as counter: model(model.fold([u]))["loss"].backward()
+    assert found.operations == pytest.approx(counter.get_total_flops() / seconds / 1e9, rel=0.05)
+    assert found.state_gb == pytest.approx(20 * sum(p.numel() for p in model.parameters()) / 1e9)
+    assert found.speech_hours == pytest.approx(4000 * 2000 / 50 / 3600) and found.hours(1e9) == pytest.approx(found.operations * found.speech_hours)
+    assert found.cache_gb == pytest.approx(2 * (160 * 80 + 80 * 384) / seconds * 7200 / 1e9) and found.kept_gb > 0
