@@ -480,8 +480,8 @@ def run_bench_stream(args: argparse.Namespace) -> None:
 # %% ../nbs/appendix/cli.ipynb #9ec867fa
 def run_bench_systems(args: argparse.Namespace) -> None:
     "ardm-course bench systems"
-    from ardm_course.recipes import side_by_side
-    found = side_by_side(count=args.count, seeds=tuple(range(args.seeds)), result=None)
+    from ardm_course.ablations import compare_systems
+    found = compare_systems(count=args.count, seeds=tuple(range(args.seeds)), result=None)
     print_rows(found["rows"])
     for name, row in found["rows"].items():
         if "rtf" in row:

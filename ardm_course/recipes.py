@@ -29,13 +29,13 @@ from .corpus import FeatureCache, decode, load_corpus, load_phones
 from .evaluation import Sample, error_rates, load_recogniser, measure, summarise
 from .full import FullConfig
 from .locdit import HeadConfig
-from .mela import MELAConfig, recorded_voices
+from .mela import MELAConfig, paper_shape, recorded_voices
 from .neural import digest_of, find_checkpoint
 from .report import Take, takes_of
 from .repa import (FrameRecogniser, MelTeacher, PhoneLabels, RecogniserTeacher, Teacher, TimeAlignment, WhisperTeacher, phone_alphabet,
                               phone_frames, teacher_patches)
-from .text import TextConfig
-from .training import TrainConfig, Trainer, read_log, speed
+from .text import TextConfig, TextTokenizer
+from .training import TrainConfig, Trainer, load_weights, read_log, speed
 from .transformer import TransformerConfig
 from .tts import TTS, Speech, codec_of, load_model, save_model
 from .vocoder import Codec, MelCodec, MelCodecConfig
@@ -121,6 +121,9 @@ RECIPES = {
     "small": Recipe("mythicinfinity/libritts", toy_shape(768, 12, 8),
                     TrainConfig(steps=40_000, learning_rate=3e-4, warmup=2000, batch_frames=60_000, validate_every=2000, checkpoint_every=2000),
                     splits=("train.clean.100", "dev.clean", "test.clean"), config="clean", voices=True, longest=16.0),
+    "paper": Recipe("mythicinfinity/libritts", replace(paper_shape(), vocabulary=TextTokenizer.vocabulary, speaker_dim=256),
+                    TrainConfig(steps=100_000, learning_rate=2e-4, warmup=4000, batch_frames=120_000, validate_every=5000, checkpoint_every=5000),
+                    splits=("train.clean.100+train.clean.360+train.other.500", "dev.clean", "test.clean"), config="all", voices=True, longest=20.0),
 }
 
 # %% ../nbs/21_libritts.ipynb #e8630457
@@ -143,12 +146,13 @@ def corpus_sources(
 def open_split(
     recipe: Recipe,
     sources: list[str],  # from corpus_sources
-    split: str,  # hub spelling, such as "train.clean.100"; a LibriTTS tree on disk says "train-clean-100"
+    split: str,  # hub spelling, such as "train.clean.100", several with a + between; a LibriTTS tree on disk says "train-clean-100"
 ):
     "Rows of a split, in memory-mapped files that can be read in any order."
     from datasets import concatenate_datasets
-    on_disk = split.replace(".", "-")
-    return concatenate_datasets([load_corpus(source, on_disk if (Path(source) / on_disk).is_dir() else split, recipe.config, streaming=False) for source in sources])
+    parts = [(source, part, part.replace(".", "-")) for source in sources for part in split.split("+")]
+    return concatenate_datasets([load_corpus(source, on_disk if (Path(source) / on_disk).is_dir() else part, recipe.config, streaming=False)
+                                 for source, part, on_disk in parts])
 
 
 def first_rows(
@@ -402,7 +406,8 @@ def train(
     checks = [validation(data.validation), *([listening(held_out(chosen, listen, corpus))] if listen else [])]
     trainer = Trainer(model, data.train, model.fold, settings, folder, validate=lambda model: {key: value for check in checks for key, value in check(model).items()})
     history = trainer.fit()
-    with trainer.ema.swapped(): save_model(trainer.accelerator.unwrap_model(trainer.model), Path(folder) / "model")
+    if trainer.accelerator.is_main_process: save_model(load_weights(make_model(data, settings.seed), folder), Path(folder) / "model")
+    trainer.accelerator.wait_for_everyone()
     return TTS.from_pretrained(Path(folder) / "model"), history
 
 

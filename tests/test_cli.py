@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 
-from ardm_course import cli, recipes
+from ardm_course import ablations, cli, recipes
 from ardm_course.ardm import ARDM, ARDMConfig, generate
 from ardm_course.audio import load_audio
 from ardm_course.corpus import load_corpus
@@ -390,8 +390,8 @@ def test_bench_stream(tiny, ratio):
 
 
 def test_bench_systems(tiny, tmp_path, monkeypatch, capsys):
-    whole = recipes.side_by_side
-    monkeypatch.setattr(recipes, "side_by_side", lambda **options: whole((tiny,), **options))
+    whole = ablations.compare_systems
+    monkeypatch.setattr(ablations, "compare_systems", lambda **options: whole((tiny,), **options))
     assert cli.main(["bench", "systems", "--count", "1", "--json", "s.json"]) == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert list(found["rows"]) == ["recorded", "vocoder", tiny] and found["rows"][tiny]["rtf"] > 0 and "GFLOP" in capsys.readouterr().out
