@@ -50,15 +50,16 @@ def sentence_errors(
 
 # %% ../nbs/21b_ablations.ipynb #72e855d9
 def said_together(
-    one: dict,  # a result with samples
+    one: dict,  # a result with samples, or with several runs that have them
     other: dict,  # like one
     judge: str = "moonshine",
-) -> tuple[list[str], Tensor, Tensor, Tensor]:  # N texts, [N] errors of one, [N] of the other, [N] words
-    "The sentences that both have said. Raises CourseError if there are none."
-    first, second = (sentence_errors(result.get("samples", []), judge) for result in (one, other))
-    texts = [text for text in first if text in second]
+) -> tuple[list[str], Tensor, Tensor, Tensor]:  # N texts, [S, N] errors of one's runs, [S', N] of the other's, [N] words
+    "The sentences that all runs of both have said. Raises CourseError if there are none."
+    sides = [[sentence_errors(run.get("samples", []), judge) for run in result.get("runs", [result])] for result in (one, other)]
+    texts = [text for text in sides[0][0] if all(text in run for side in sides for run in side)]
     if not texts: raise CourseError("The two results have no sentence in common, or do not keep their sentences. Let both systems say the same ones: compare_systems, or compare_recipes.")
-    return texts, *(torch.tensor(column).double() for column in zip(*((first[text][0], second[text][0], first[text][1]) for text in texts)))
+    first, second = (torch.tensor([[run[text][0] for text in texts] for run in side]).double() for side in sides)
+    return texts, first, second, torch.tensor([sides[0][0][text][1] for text in texts]).double()
 
 # %% ../nbs/21b_ablations.ipynb #71bba812
 def paired_interval(
@@ -184,11 +185,7 @@ def difference(
     judge: str = "moonshine",
 ) -> tuple[float, list[float], str]:  # the other's error rate minus one's, its 95 % interval, the verdict on the other
     "Compare two rows over their sentences, and over their trainings if there are several."
-    runs = [row.get("runs", [row]) for row in (one, other)]
-    texts, *_ = said_together(runs[0][0], runs[1][0], judge)
-    counted = [[sentence_errors(run.get("samples", []), judge) for run in side] for side in runs]
-    words = torch.tensor([counted[0][0][text][1] for text in texts]).double()
-    first, second = (torch.tensor([[run[text][0] for text in texts] for run in side]).double() for side in counted)
+    _, first, second, words = said_together(one, other, judge)
     interval = runs_interval(first, second, words)
     return float((second.mean(0) - first.mean(0)).sum() / words.sum()), interval, verdict(interval)
 

@@ -12,7 +12,7 @@ NBS = ROOT / "nbs"
 NUMBERED = sorted(NBS.glob("[0-9]*.ipynb"))
 EVERY = [*NUMBERED, NBS / "index.ipynb", *sorted((NBS / "appendix").glob("*.ipynb"))]
 GLOSSARY, SYMBOLS, SLIDES = (NBS / "appendix" / f"{name}.ipynb" for name in ("glossary", "symbols", "slides"))
-TO_COME = ("18_vibevoice", "19_uniaudio", "20_ablations")
+TO_COME = ("18_vibevoice", "19_uniaudio")
 CJK = re.compile(r"[\u3400-\u9fff]+")
 EXAMPLES = {"天"}  # characters that a notebook shows, not terms it uses
 

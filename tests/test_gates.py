@@ -109,7 +109,7 @@ def test_no_import_from_a_later_notebook():
 
 
 WIDGETS = {"01_audio": "mel settings", "02_corpus": "corpus browser", "04_training": "loss", "05b_neural": "pitch and breath", "05c_adversarial": "a judge's view", "06_wavevae": "KL weight", "07_flow": "trajectories", "08_sampling": "steps and guidance",
-           "10_locdit": "history", "11_ardm": "stop threshold", "11b_tts": "playground", "13_fsq": "width and scale", "13b_cascade": "temperature and nucleus", "14_voxcpm": "grid and guidance", "15_mela": "crop length and voice mixing", "17_streaming": "timeline", "17b_page": "lead and jitter"}
+           "10_locdit": "history", "11_ardm": "stop threshold", "11b_tts": "playground", "13_fsq": "width and scale", "13b_cascade": "temperature and nucleus", "14_voxcpm": "grid and guidance", "15_mela": "crop length and voice mixing", "17_streaming": "timeline", "17b_page": "lead and jitter", "21b_ablations": "sentences and width"}
 
 
 @pytest.mark.parametrize("stem", WIDGETS)
