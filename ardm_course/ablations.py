@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SYSTEMS', 'stored_result', 'sentence_errors', 'said_together', 'paired_interval', 'verdict', 'design_effect',
-           'half_width', 'runs_interval', 'judged', 'curves_of', 'judged_run', 'mean_of_runs', 'compare_recipes',
-           'difference', 'sooner', 'speed_up', 'sweep', 'operations', 'said_by', 'compare_systems']
+           'half_width', 'runs_interval', 'judged', 'curves_of', 'judged_run', 'as_typed', 'keep', 'mean_of_runs',
+           'compare_recipes', 'difference', 'sooner', 'speed_up', 'sweep', 'operations', 'said_by', 'compare_systems']
 
 # %% ../nbs/21b_ablations.ipynb #9d92bbf0
 import json
@@ -32,7 +32,7 @@ def stored_result(
     "A stored result, or None and a line that says how to make it."
     path = data_dir() / "results" / f"{name}.json"
     if path.exists(): return json.loads(path.read_text(encoding="utf-8"))
-    print(f"data/results/{name}.json is not there yet; it is made by: {command}")
+    print(f"data/results/{name}.json is not there yet; it is made by: {command} --json data/results/{name}.json")
 
 # %% ../nbs/21b_ablations.ipynb #1cef5fdc
 def sentence_errors(
@@ -72,7 +72,7 @@ def paired_interval(
     "95 % interval of the other's error rate minus one's, when the sentences are drawn again."
     return bootstrap_interval(other - one, words, draws, seed)
 
-# %% ../nbs/21b_ablations.ipynb #dca046ad
+
 def verdict(
     interval: list[float],  # [low, high] of the other's errors minus one's
 ) -> str:  # "better", "worse" or "cannot tell"
@@ -147,6 +147,27 @@ def judged_run(
     row, curves = judged("generated", [s.text for s in spoken], [s.generated.wav for s in spoken], [s.real for s in spoken]), curves_of(history)
     return {**row, **training_summary(history, frame_rate), "valid_flow": curves["flow"][-1][1], "curves": curves}
 
+# %% ../nbs/21b_ablations.ipynb #212f0783
+def as_typed(
+    what: str,  # recipes, systems or option
+    names: tuple,  # what is compared
+    **options,  # those that are None or False are left out
+) -> dict:  # "command" and "environment", for a stored result
+    "How a comparison is typed."
+    typed = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items() if value not in (None, False)]
+    return {"command": " ".join(["ardm-course compare", what, *map(str, names), *typed]), "environment": environment()}
+
+
+def keep(
+    result: str | Path | None,  # a JSON file, or None: nothing is stored
+    found: dict,
+    sounds: dict[str, tuple[Tensor, int]] | None = None,  # name -> [T] samples and their rate, for RESULT_NAME.ogg beside the file
+) -> None:
+    "Store a comparison and its sounds."
+    if not result: return
+    write_json(Path(result), found)
+    for name, (wav, rate) in (sounds or {}).items(): save_audio(Path(result).with_name(f"{Path(result).stem}_{Path(name).name}.ogg"), wav, rate)
+
 # %% ../nbs/21b_ablations.ipynb #4371d32e
 def mean_of_runs(
     runs: list[dict],  # from judged_run, one per seed
@@ -157,25 +178,22 @@ def mean_of_runs(
 
 
 def compare_recipes(
-    names: tuple[str, ...] = ("toy", "toy-unaligned"),  # recipes that differ in one thing
-    folder: str | Path = "runs/repa-contrast",  # for the runs; interrupted ones go on
+    names: tuple[str, ...],  # recipes that differ in one thing
+    folder: str | Path = "runs/compare",  # for the runs; interrupted ones go on
     count: int = 40,  # held-out sentences
-    result: str | None = "repa_contrast",  # data/results/NAME.json and NAME_RECIPE.ogg; None: store nothing
-    seeds: tuple[int, ...] = (0,),  # every recipe is trained once with each
+    result: str | Path | None = None,  # a JSON file; one sentence's sound per recipe lies beside it
+    seeds: int = 1,  # every recipe is trained with seeds 0, 1, ...
     **changes,  # `listen`, and fields of the TrainConfig such as steps
 ) -> dict:
-    "Train recipes on the same corpus with the same seeds, judge them, and store figures and one sentence's sound after every training."
-    runs, results = {name: [] for name in names}, data_dir() / "results"
-    told = {"command": f"compare_recipes({names}, seeds={seeds}, **{changes})", "environment": environment()}
-    for seed in seeds:
+    "Train recipes on the same corpus with the same seeds, judge them, and store figures and sounds after every training."
+    runs, told = {name: [] for name in names}, as_typed("recipes", names, seeds=seeds, count=count, **changes)
+    for seed in range(seeds):
         for name in names:
             tts, history = train(name, Path(folder) / f"{name}-{seed}", seed=seed, **changes)
             spoken = [speak_row(tts, row, seed=seed) for row in held_out(recipe(name), count)]
             runs[name].append(judged_run(spoken, history, tts.codec.frame_rate))
             found = {**told, "sentence": spoken[0].text, "rows": {name: mean_of_runs(rows) for name, rows in runs.items() if rows}}
-            if not result: continue
-            save_audio(results / f"{result}_{name}.ogg", spoken[0].generated.wav, tts.codec.sample_rate)
-            write_json(results / f"{result}.json", found)
+            keep(result, found, {name: (spoken[0].generated.wav, tts.codec.sample_rate)})
     return found
 
 # %% ../nbs/21b_ablations.ipynb #9fc23878
@@ -224,8 +242,8 @@ def sweep(
     option: str,  # of tts.draw, such as "guidance"
     values: tuple[float, ...],
     count: int = 50,  # sentences of texts/unseen.txt
-    seeds: tuple[int, ...] = (0,),
-    result: str | None = None,  # data/results/NAME.json; None: store nothing
+    seeds: int = 1,  # everything is said with seeds 0, 1, ...
+    result: str | Path | None = None,  # a JSON file
     **options,  # of tts.draw, the same for all
 ) -> dict:
     "Let a checkpoint say unseen sentences at several values of one option, and judge them."
@@ -233,12 +251,12 @@ def sweep(
     texts = (data_dir() / "corpus" / "texts" / "unseen.txt").read_text(encoding="utf-8").splitlines()[:count]
     like = story_prompt(tts.model.config.voice).wav if tts.model.config.voice else None
     for value in values:
-        spoken = [tts(text, seed=seed, **{option: value}, **options) for seed in seeds for text in texts]
-        row = judged("generated", texts * len(seeds), [s.wav for s in spoken], None if like is None else [like] * len(spoken), tts.codec.sample_rate)
+        spoken = [tts(text, seed=seed, **{option: value}, **options) for seed in range(seeds) for text in texts]
+        row = judged("generated", texts * seeds, [s.wav for s in spoken], None if like is None else [like] * len(spoken), tts.codec.sample_rate)
         rows[str(value)] = {**row, "stop_reasons": stop_reasons(s.stop_reason for s in spoken)}
         print(option, value, {key: round(row[key], 3) for key in ("wer_moonshine", "wer_whisper", "mos", "similarity") if row[key] is not None}, flush=True)
-    found = {"command": f"sweep({str(name)!r}, {option!r}, {values}, count={count}, seeds={seeds}, **{options})", "environment": environment(), "rows": rows}
-    if result: write_json(data_dir() / "results" / f"{result}.json", found)
+    found = {**as_typed("option", (name, option, *values), count=count, seeds=seeds, **options), "rows": rows}
+    keep(result, found)
     return found
 
 # %% ../nbs/21b_ablations.ipynb #3ea30e66
@@ -259,13 +277,13 @@ def said_by(
     tts: TTS,
     rows: list[dict],  # of a corpus
     real: list[Tensor],  # [T] their recordings at 24 kHz
-    seeds: tuple[int, ...],
+    seeds: int,
 ) -> tuple[dict, Tensor]:  # a report row with samples and costs, and the first sentence's sound
     "Let a system say sentences, judge it, and count what it costs."
     texts, voices = [row["text_normalized"] for row in rows], [own_voice(tts, row) for row in rows]
-    spoken = [tts(text, voice=voice, seed=seed) for seed in seeds for text, voice in zip(texts, voices)]
+    spoken = [tts(text, voice=voice, seed=seed) for seed in range(seeds) for text, voice in zip(texts, voices)]
     heard = [resample(wav, 24000, tts.codec.sample_rate) for wav in real]
-    row = judged("generated", texts * len(seeds), [s.wav for s in spoken], heard * len(seeds), tts.codec.sample_rate)
+    row = judged("generated", texts * seeds, [s.wav for s in spoken], heard * seeds, tts.codec.sample_rate)
     firsts = [time_stream(tts.stream(text, voice=voice, seed=0), tts.codec.sample_rate).first_audio_ms for text, voice in zip(texts[:9], voices)]
     rtf = real_time_factor(*(sum(s.timings[name] for s in spoken) for name in ("total_s", "audio_s")))
     parameters = count_parameters(tts.model) - sum(p.numel() for name, p in tts.model.named_parameters() if name.startswith("alignment"))
@@ -276,13 +294,13 @@ def said_by(
 def compare_systems(
     names: tuple[str, ...] = SYSTEMS,  # released checkpoints, or folders
     count: int = 40,  # held-out sentences of the closed language
-    seeds: tuple[int, ...] = (0,),
-    result: str | None = "systems",  # data/results/NAME.json and NAME_SYSTEM.ogg; None: store nothing
+    seeds: int = 1,  # everything is said with seeds 0, 1, ...
+    result: str | Path | None = None,  # a JSON file; one sentence's sound per system lies beside it
 ) -> dict:
     "Let every system say the same sentences, and judge them beside the recordings and what the codecs make of these."
     held = held_out(recipe("toy"), count)
     texts, real = [row["text_normalized"] for row in held], [decode(row) for row in held]
-    found, folder = {"recorded": judged("real", texts, real)}, data_dir() / "results"
+    found, sounds = {"recorded": judged("real", texts, real)}, {}
     for name in names:
         try: tts = TTS.from_pretrained(name)
         except CourseError as error:
@@ -293,7 +311,7 @@ def compare_systems(
             heard = [resample(wav, 24000, tts.codec.sample_rate) for wav in real]
             found[codec] = judged("resynthesised", texts, [tts.codec.decode(tts.codec.encode(wav[None]))[0] for wav in heard], heard, tts.codec.sample_rate)
         found[name], sound = said_by(tts, held, real, seeds)
-        if result: save_audio(folder / f"{result}_{name}.ogg", sound, tts.codec.sample_rate)
-    told = {"command": f"compare_systems(count={count}, seeds={seeds})", "environment": environment(), "sentence": texts[0], "rows": found}
-    if result: write_json(folder / f"{result}.json", told)
+        sounds[name] = sound, tts.codec.sample_rate
+    told = {**as_typed("systems", tuple(sounds), count=count, seeds=seeds), "sentence": texts[0], "rows": found}
+    keep(result, told, sounds)
     return told

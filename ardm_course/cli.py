@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_doctor', 'run_build', 'run_info', 'wrong_files',
-           'unreadable_rows', 'run_check', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve', 'sentences',
-           'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median', 'seconds_of',
-           'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named', 'generate_without_cache',
-           'generation_times', 'run_bench_generate', 'run_bench_original', 'ratio_of', 'run_bench_stream',
-           'run_bench_systems', 'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds',
-           'through', 'codec_times', 'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs',
-           'print_versions', 'run_resynthesise', 'speaking_options', 'add_data', 'add_model', 'add_serve',
-           'add_measure', 'add_resynthesise', 'make_parser', 'main']
+           'unreadable_rows', 'run_check', 'changes_of', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve',
+           'sentences', 'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median',
+           'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named',
+           'generate_without_cache', 'generation_times', 'run_bench_generate', 'run_bench_original', 'ratio_of',
+           'run_bench_stream', 'run_compare_recipes', 'run_compare_option', 'run_compare_systems', 'listed_texts',
+           'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times', 'save_sounds',
+           'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions', 'run_resynthesise',
+           'speaking_options', 'add_data', 'training_options', 'add_model', 'add_serve', 'add_measure', 'add_compare',
+           'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -113,6 +114,10 @@ def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     return min(found, 1)
 
 # %% ../nbs/appendix/cli.ipynb #9f5dc1b1
+def changes_of(args: argparse.Namespace) -> dict:  # fields of the TrainConfig that the command line gives
+    return {name: value for name in ("steps", "minutes", "learning_rate", "seed", "bfloat16") if (value := getattr(args, name, None)) is not None}
+
+
 def run_train(args: argparse.Namespace) -> None:
     "ardm-course train"
     from ardm_course.core import CourseError
@@ -121,8 +126,7 @@ def run_train(args: argparse.Namespace) -> None:
     from ardm_course.wavevae import CODEC_RECIPES, train_codec
     if args.name not in {**RECIPES, **CODEC_RECIPES}:
         raise CourseError(f"There is no recipe {args.name!r}. Recipes: {', '.join(RECIPES)}; codecs: {', '.join(CODEC_RECIPES)}.")
-    changes = {name: value for name in ("steps", "minutes", "learning_rate", "seed", "bfloat16") if (value := getattr(args, name)) is not None}
-    folder = args.out or Path("runs") / f"train-{args.name}"
+    folder, changes = args.out or Path("runs") / f"train-{args.name}", changes_of(args)
     print(f"Training in {folder}; interrupt it when you like, the same command goes on from the last checkpoint.")
     if args.name in CODEC_RECIPES:
         train_codec(args.name, folder, args.corpus and [args.corpus], **changes)
@@ -478,16 +482,29 @@ def run_bench_stream(args: argparse.Namespace) -> None:
     save_bench(args.json, {"bench": "stream", "system": args.name, "ratio": tts.model.config.interleave, **options, **found})
 
 # %% ../nbs/appendix/cli.ipynb #9ec867fa
-def run_bench_systems(args: argparse.Namespace) -> None:
-    "ardm-course bench systems"
-    from ardm_course.ablations import compare_systems
-    found = compare_systems(count=args.count, seeds=tuple(range(args.seeds)), result=None)
+def run_compare_recipes(args: argparse.Namespace) -> None:
+    "ardm-course compare recipes"
+    from ardm_course.ablations import compare_recipes
+    from ardm_course.recipes import recipe
+    for name in args.names: recipe(name)  # before the first is trained
+    print_rows(compare_recipes(tuple(args.names), args.out, args.count, args.json, args.seeds, listen=args.listen, **changes_of(args))["rows"])
+
+
+def run_compare_option(args: argparse.Namespace) -> None:
+    "ardm-course compare option"
+    from ardm_course.ablations import sweep
+    sweep(args.name, args.option, tuple(args.values), args.count, args.seeds, args.json)
+
+
+def run_compare_systems(args: argparse.Namespace) -> None:
+    "ardm-course compare systems"
+    from ardm_course.ablations import SYSTEMS, compare_systems
+    found = compare_systems(tuple(args.names) or SYSTEMS, args.count, args.seeds, args.json)
     print_rows(found["rows"])
     for name, row in found["rows"].items():
         if "rtf" in row:
             print(f"{name:14}real-time factor {row['rtf']:.2f}, first sound {row['first_audio_ms']:.0f} ms, {row['parameters'] / 1e6:.1f}M parameters, "
                   f"{row['gflops_per_s']:.1f} GFLOP per second of speech")
-    save_bench(args.json, {"bench": "systems", **found})
 
 # %% ../nbs/appendix/cli.ipynb #c11d0002
 SOUND_FILES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
@@ -734,6 +751,14 @@ def add_data(commands) -> None:
         parser.add_argument("--config", help="configuration on the hub")
 
 # %% ../nbs/appendix/cli.ipynb #e0c07f2f
+def training_options(parser: argparse.ArgumentParser) -> None:
+    "What may be changed of a recipe's training."
+    parser.add_argument("--steps", type=at_least(int, 1), help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--minutes", type=at_least(float, 0.01), help="end after this time, with a finished decay (default: the recipe's)")
+    parser.add_argument("--learning-rate", type=at_least(float, 0), help="the highest (default: the recipe's)")
+    parser.add_argument("--bfloat16", action="store_true", default=None, help="matrix products in bfloat16 on the processor: faster where it has instructions for them")
+
+
 def add_model(commands) -> None:
     "train and speak"
     train = command(commands, "train", run_train, "Train a named recipe; a run that was interrupted goes on.",
@@ -741,12 +766,9 @@ def add_model(commands) -> None:
     train.add_argument("name", help="recipe: toy, toy-unaligned, ditar-toy or small; or a codec: vocoder, wavevae or sigma-vae")
     train.add_argument("--out", type=Path, help="folder for log, checkpoints and model (default: runs/train-NAME)")
     train.add_argument("--corpus", help="another copy of the corpus: a folder, or a hub id")
-    train.add_argument("--steps", type=at_least(int, 1), help="optimizer steps (default: the recipe's)")
-    train.add_argument("--minutes", type=at_least(float, 0.01), help="end after this time, with a finished decay (default: the recipe's)")
-    train.add_argument("--learning-rate", type=at_least(float, 0), help="the highest (default: the recipe's)")
-    train.add_argument("--start", help="a checkpoint to go on from: its weights instead of random ones; the recipe must have its shape")
-    train.add_argument("--bfloat16", action="store_true", default=None, help="matrix products in bfloat16 on the processor: faster where it has instructions for them")
+    train.add_argument("--start", help="a checkpoint to go on from: its weights instead of random ones, where name and shape are the recipe's")
     train.add_argument("--seed", type=int, help="default: the recipe's")
+    training_options(train)
     speak = command(commands, "speak", run_speak, "Speak a text into a sound file.",
                     "speak 'The train leaves at nine.' --out train.wav\nspeak - --out letter.ogg < letter.txt\n"
                     "speak 'Good morning.' --checkpoint runs/train-toy/model --seed 1 --out hello.wav")
@@ -781,7 +803,7 @@ def add_measure(commands) -> None:
     evaluate.add_argument("--limit", type=at_least(int, 1), help="only the first sentences")
     evaluate.add_argument("--json", type=Path, help="file to write")
     speaking_options(evaluate)
-    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate|original|stream|systems")
+    bench = commands.add_parser("bench", help="Measure speed.").add_subparsers(required=True, metavar="train|generate|original|stream")
     train = command(bench, "train", run_bench_train, "Seconds of speech per core-second of a recipe's training step, with 1 and with all threads.",
                     "bench train toy --json train.json")
     generate = command(bench, "generate", run_bench_generate, "Real-time factor, first sound, and what guidance and the cache are worth.",
@@ -800,12 +822,31 @@ def add_measure(commands) -> None:
         parser.add_argument("name", nargs="?", default=name, help="checkpoint, or a recipe for random weights of its shape (default: %(default)s)")
         parser.add_argument("--steps", type=at_least(int, 1), default=10, help="sampler steps per patch (default: %(default)s)")
         parser.add_argument("--guidance", type=float, default=2.0, help="scale of the guided variant (default: %(default)s)")
-    systems = command(bench, "systems", run_bench_systems, "All released systems say the same held-out sentences: errors, voice, sound, speed, operations.",
-                      "bench systems --json systems.json\nbench systems --count 10")
-    systems.add_argument("--count", type=at_least(int, 1), default=40, help="sentences of the closed language (default: %(default)s)")
-    systems.add_argument("--seeds", type=at_least(int, 1), default=1, help="say everything with seeds 0, 1, ... (default: %(default)s)")
     for parser in (train, generate, original): parser.add_argument("--repeats", type=at_least(int, 1), default=5, help="medians of so many (default: %(default)s)")
-    for parser in (train, generate, original, stream, systems): parser.add_argument("--json", type=Path, help="file to write")
+    for parser in (train, generate, original, stream): parser.add_argument("--json", type=Path, help="file to write")
+
+# %% ../nbs/appendix/cli.ipynb #e39bd27e
+def add_compare(commands) -> None:
+    "compare"
+    kinds = commands.add_parser("compare", help="Compare recipes, options or systems on the same sentences.").add_subparsers(required=True, metavar="recipes|option|systems")
+    recipes = command(kinds, "recipes", run_compare_recipes, "Train recipes with several seeds and let each say the same held-out sentences; interrupted runs go on.",
+                      "compare recipes toy-unaligned toy --seeds 3 --listen 12 --json data/results/repa_contrast.json\ncompare recipes voxcpm-1 voxcpm-2 --minutes 10")
+    recipes.add_argument("names", nargs="+", help="recipes that differ in one thing")
+    recipes.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder for the runs (default: %(default)s)")
+    recipes.add_argument("--listen", type=at_least(int, 0), default=0, help="also speak so many sentences at every validation, for a curve of word errors (default: %(default)s)")
+    training_options(recipes)
+    option = command(kinds, "option", run_compare_option, "One checkpoint says unseen sentences at several values of an option of the sampler.",
+                     "compare option ditar-toy guidance 1 1.5 2 3 5 --json guidance.json\ncompare option ditar-toy temperature 0 0.5 1")
+    option.add_argument("name", help="checkpoint: released name, folder, or hub id")
+    option.add_argument("option", choices=("guidance", "temperature", "threshold"))
+    option.add_argument("values", nargs="+", type=float)
+    systems = command(kinds, "systems", run_compare_systems, "Released systems say the same held-out sentences: errors, voice, sound, speed, operations.",
+                      "compare systems --json data/results/systems.json\ncompare systems ditar-toy runs/train-toy/model --count 10")
+    systems.add_argument("names", nargs="*", help="checkpoints: released names, or folders (default: every released system)")
+    for parser in (recipes, option, systems):
+        parser.add_argument("--count", type=at_least(int, 1), default=40, help="sentences (default: %(default)s)")
+        parser.add_argument("--seeds", type=at_least(int, 1), default=1, help="do everything with seeds 0, 1, ... (default: %(default)s)")
+        parser.add_argument("--json", type=Path, help="file to write; sounds go beside it")
 
 # %% ../nbs/appendix/cli.ipynb #c11d000a
 def add_resynthesise(commands) -> None:
@@ -832,7 +873,7 @@ def make_parser() -> argparse.ArgumentParser:
                                      epilog="`ardm-course COMMAND --help` has examples. ARDM_DATA and ARDM_CACHE move data and cache.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add in (add_data, add_model, add_serve, add_measure, add_resynthesise):
+    for add in (add_data, add_model, add_serve, add_measure, add_compare, add_resynthesise):
         add(commands)
     return parser
 

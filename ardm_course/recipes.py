@@ -91,12 +91,14 @@ STRUCTURES = { # VoxCPM's ablation (slide 23): what changes against the whole sy
     4: {"residual_hears": False},
     5: {"residual_layers": 0},  # nothing behind the grid
 }
-ALIGNMENTS = { # MELA's ablation (slide 11): teacher, and frames of the utterance encoder's crop
-    0: (None, 0),
-    1: ("whisper", 0),
-    2: ("mel", 0),
-    3: (None, 96),
-    4: ("whisper", 96),
+ALIGNMENTS = { # MELA's ablation (slide 11): teacher, frames of the utterance encoder's crop, text tokens and patches in turns
+    0: (None, 0, ()),
+    1: ("whisper", 0, ()),
+    2: ("mel", 0, ()),
+    3: (None, 96, ()),
+    4: ("whisper", 96, ()),
+    5: (None, 0, (12, 3)),
+    6: ("whisper", 96, (12, 3)),
 }
 
 # %% ../nbs/21_libritts.ipynb #6c8b42a5
@@ -117,7 +119,7 @@ RECIPES = {
     "cascade-toy": Recipe("phrases", CascadeConfig(), TrainConfig(steps=5000, learning_rate=3e-3, batch_frames=1000), teacher="phones"),
     **{f"voxcpm-{number}": Recipe("phrases", replace(voxcpm_shape(192, 3), **changes), replace(PHRASES, batch_frames=1000), codec="wavevae")
        for number, changes in STRUCTURES.items()},
-    **{f"mela-{number}": Recipe("choir", mela_shape(192, 4, crop=crop), PHRASES, teacher, voices=True) for number, (teacher, crop) in ALIGNMENTS.items()},
+    **{f"mela-{number}": Recipe("choir", mela_shape(192, 4, crop=crop, interleave=turns), PHRASES, teacher, voices=True) for number, (teacher, crop, turns) in ALIGNMENTS.items()},
     "small": Recipe("mythicinfinity/libritts", toy_shape(768, 12, 8),
                     TrainConfig(steps=40_000, learning_rate=3e-4, warmup=2000, batch_frames=60_000, validate_every=2000, checkpoint_every=2000),
                     splits=("train.clean.100", "dev.clean", "test.clean"), config="clean", voices=True, longest=16.0),
@@ -364,27 +366,31 @@ def continued(
 ) -> ARDMConfig:
     "A recipe's config with what a checkpoint's weights rely on: latents, voices and rotary positions."
     old = load_model(find_checkpoint(start)).config
-    return replace(config, codec=old.codec, speakers=old.speakers, tokens_per_patch=old.tokens_per_patch)
+    return replace(config, codec=old.codec, speakers=old.speakers or config.speakers, tokens_per_patch=old.tokens_per_patch)
 
 
 def start_from(
     model: ARDM,  # filled in place
-    start: str | Path,  # a checkpoint
-) -> None:
-    "Copy a checkpoint's weights. Raises CourseError if it has another shape."
-    try: model.load_state_dict(load_model(find_checkpoint(start)).state_dict())
-    except RuntimeError as error: raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one that the same recipe trained.") from error
+    start: str | Path,  # a checkpoint, perhaps of another system
+) -> list[str]:  # what stays new
+    "Copy every weight of a checkpoint that the model has in the same shape. Raises CourseError if its language model is none of them."
+    old, own = load_model(find_checkpoint(start)).state_dict(), model.state_dict()
+    fitting = {name: weight for name, weight in old.items() if name in own and own[name].shape == weight.shape}
+    if not all(name in fitting for name in own if name.startswith("backbone.")):
+        raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
+    model.load_state_dict({**own, **fitting})
+    return sorted(own.keys() - fitting)
 
 
 def make_model(
     data: Prepared,
     seed: int,
-    start: str | Path | None = None,  # a checkpoint of the same shape, to go on from
+    start: str | Path | None = None,  # a checkpoint to go on from
 ) -> ARDM:
     "The model to train; an ARDM gets a new time alignment module if there is a teacher."
     seed_everything(seed)
     model = data.config.build()
-    if start: start_from(model, start)
+    if start and (new := start_from(model, start)): print(f"{len(new)} tensors are not in {start} and start anew, such as {new[0]}.")
     if data.train.teacher and isinstance(model, ARDM): model.alignment = TimeAlignment(data.config.backbone.width, data.train[0].teacher.shape[-1])
     return model
 

@@ -168,7 +168,7 @@ def test_recipes_are_compared_and_nothing_is_stored(tmp_path, monkeypatch, tiny)
     monkeypatch.setattr(ablations, "write_json", lambda *args: pytest.fail("it stored a result"))
     small = prepare(tiny, limit=4)
     monkeypatch.setattr(recipes, "prepare", lambda chosen, corpus=None, limit=None: small)
-    found = compare_recipes(("tiny",), tmp_path / "runs", count=2, result=None, seeds=(0, 1), steps=1, validate_every=1, **OPTIONS)
+    found = compare_recipes(("tiny",), tmp_path / "runs", count=2, seeds=2, steps=1, validate_every=1, **OPTIONS)
     runs = found["rows"]["tiny"]["runs"]
     assert len(runs) == 2 and all(len(run["samples"]) == 2 for run in runs)
     assert difference(found["rows"]["tiny"], found["rows"]["tiny"])[0] == 0.0 and (tmp_path / "runs" / "tiny-1" / "model").is_dir()
@@ -178,7 +178,7 @@ def test_all_systems_say_the_same(tmp_path, tiny):
     "A row for the recordings, one per codec and one per system; what is not in this copy is left out."
     train("tiny", tmp_path / "run", data=prepare(tiny, limit=4), steps=1, validate_every=100, **OPTIONS)
     mine = str(tmp_path / "run" / "model")
-    found = compare_systems((mine, "absent"), count=1, result=None)
+    found = compare_systems((mine, "absent"), count=1)
     assert list(found["rows"]) == ["recorded", "vocoder", mine] and found["rows"][mine]["n"] == 1
     assert found["rows"][mine]["gflops_per_s"] > 0.1 and found["rows"][mine]["parameters"] < 1e6
     assert [row["samples"][0]["text"] for row in found["rows"].values()] == [found["sentence"]] * 3

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import soundfile
@@ -64,7 +65,7 @@ def test_help_is_fast_and_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize("words", [[], ["doctor"], ["data"], ["data", "build"], ["data", "check"], ["data", "info"], ["train"], ["speak"], ["serve"],
-                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"], ["bench", "stream"], ["bench", "systems"]])
+                                   ["evaluate"], ["resynthesise"], ["bench"], ["bench", "train"], ["bench", "generate"], ["bench", "original"], ["bench", "stream"], ["compare"], ["compare", "recipes"], ["compare", "option"], ["compare", "systems"]])
 def test_every_command_has_a_help_text(words, capsys):
     with pytest.raises(SystemExit) as exit:
         cli.main([*words, "--help"])
@@ -389,12 +390,26 @@ def test_bench_stream(tiny, ratio):
     assert {"first_audio_ms", "rtf", "stalls", "memory_growth_mb", "loudness_db_per_min", "rate_percent_per_min"} <= set(found)
 
 
-def test_bench_systems(tiny, tmp_path, monkeypatch, capsys):
-    whole = ablations.compare_systems
-    monkeypatch.setattr(ablations, "compare_systems", lambda **options: whole((tiny,), **options))
-    assert cli.main(["bench", "systems", "--count", "1", "--json", "s.json"]) == 0
+def test_compare_systems(tiny, tmp_path, capsys):
+    assert cli.main(["compare", "systems", tiny, "--count", "1", "--json", "s.json"]) == 0
     found = json.loads((tmp_path / "s.json").read_text())
     assert list(found["rows"]) == ["recorded", "vocoder", tiny] and found["rows"][tiny]["rtf"] > 0 and "GFLOP" in capsys.readouterr().out
+    assert found["command"] == f"ardm-course compare systems {tiny} --count 1 --seeds 1" and list(tmp_path.glob("s_*.ogg"))
+
+
+def test_compare_an_option(tiny, tmp_path):
+    assert cli.main(["compare", "option", tiny, "temperature", "0", "1", "--count", "1", "--json", "o.json"]) == 0
+    found = json.loads((tmp_path / "o.json").read_text())
+    assert list(found["rows"]) == ["0.0", "1.0"] and found["command"].startswith(f"ardm-course compare option {tiny} temperature 0.0 1.0")
+
+
+def test_compare_recipes(monkeypatch, tmp_path):
+    "What the command line gives reaches the comparison; an unknown recipe is refused before the first is trained."
+    asked = []
+    monkeypatch.setattr(ablations, "compare_recipes", lambda *args, **changes: asked.append((args, changes)) or {"rows": {}})
+    assert cli.main(["compare", "recipes", "toy", "nothing"]) == 2 and not asked
+    assert cli.main(["compare", "recipes", "toy", "toy-unaligned", "--seeds", "3", "--listen", "2", "--minutes", "1.5", "--json", "r.json"]) == 0
+    assert asked == [((("toy", "toy-unaligned"), Path("runs/compare"), 40, Path("r.json"), 3), {"listen": 2, "minutes": 1.5})]
 
 
 def test_random_speech_looks_like_speech_data():

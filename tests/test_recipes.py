@@ -13,9 +13,9 @@ from ardm_course.ardm import Utterance
 from ardm_course.audio import save_audio
 from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
-from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, needs, prepare, recipe, speak_row, toy_shape, train
+from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, needs, prepare, recipe, speak_row, start_from, toy_shape, train
 from ardm_course.training import read_log
-from ardm_course.tts import TTS
+from ardm_course.tts import TTS, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +125,19 @@ def test_a_training_starts_from_a_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()))
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], model=toy_shape(96, 1, 1)))
     with pytest.raises(CourseError, match="another shape"): train("tiny", tmp_path / "third", start=start, data=replace(again, config=toy_shape(96, 1, 1)), **options)
+
+
+def test_another_system_takes_what_fits(tmp_path):
+    "A system that hears voices begins with a plain one's language model; what only it has stays new, and is named."
+    torch.manual_seed(0)
+    plain = toy_shape(48, 1, 1).build()
+    save_model(plain, tmp_path)
+    heard = recipes.MELAConfig(backbone=plain.config.backbone, head=plain.config.head, speakers=("a",)).build()
+    fresh = {name: weight.clone() for name, weight in heard.state_dict().items()}
+    new, now = start_from(heard, tmp_path), heard.state_dict()
+    assert new and all(torch.equal(now[name], fresh[name]) for name in new) and any(name.startswith("speaker") for name in new)
+    taken = set(now) - set(new)
+    assert {"text.weight"} | {name for name in now if name.startswith("backbone.")} <= taken and all(torch.allclose(now[name], plain.state_dict()[name], atol=1e-2) for name in taken)
 
 
 def test_what_a_training_needs():
