@@ -16,12 +16,12 @@ import json
 import math
 import re
 import typing
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -465,9 +465,9 @@ def config_from_dict(
 # %% ../nbs/05b_neural.ipynb #58510cb6
 def pack(
     weights: dict[str, Tensor],
-    bits: int = 8, # of a matrix's numbers; 16: half precision
+    bits: int = 8, # of a matrix's numbers, 2 to 8; 16: half precision
 ) -> dict[str, Tensor]:
-    "Matrices as rows of small whole numbers with one scale each, packed bit by bit; everything else in half precision."
+    "Matrices as rows of small whole numbers with one scale each, in Huffman's code; everything else in half precision."
     stored, largest = {}, 2 ** (bits - 1) - 1
     for name, tensor in weights.items():
         if tensor.ndim < 2 or bits == 16 or not tensor.is_floating_point():
@@ -476,7 +476,8 @@ def pack(
         rows = tensor.flatten(1)
         step = (rows.abs().amax(1) / largest).clamp(min=1e-12)
         whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
-        stored[name] = torch.from_numpy(np.packbits((whole[:, None] >> torch.arange(bits) & 1).numpy().astype(np.uint8)))
+        huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
+        stored[name] = torch.frombuffer(bytearray(huffman.compress(whole.to(torch.uint8).numpy()) + huffman.flush()), dtype=torch.uint8)
         stored[f"{name}:step"], stored[f"{name}:shape"] = step, torch.tensor([bits, *tensor.shape])
     return stored
 
@@ -486,8 +487,7 @@ def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in stored.items() if not name.endswith((":step", ":shape"))}
     for name in [name for name in weights if f"{name}:shape" in stored]:
         bits, *shape = stored[f"{name}:shape"].tolist()
-        planes = torch.from_numpy(np.unpackbits(weights[name].numpy(), count=bits * math.prod(shape))).view(-1, bits)
-        whole = (planes.int() << torch.arange(bits)).sum(1) - (2 ** (bits - 1) - 1)
+        whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (2 ** (bits - 1) - 1)
         weights[name] = (whole.view(shape[0], -1) * stored[f"{name}:step"][:, None]).view(shape)
     return weights
 

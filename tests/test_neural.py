@@ -448,18 +448,27 @@ def test_pitch_can_be_changed_and_words_kept():
     assert torch.corrcoef(torch.stack(loud))[0, 1] > 0.9 # the same frames are loud
 
 
-@pytest.mark.parametrize("bits", (3, 7, 8, 11))
+@pytest.mark.parametrize("bits", (3, 5, 7, 8))
 def test_packed_numbers_are_close(bits):
     weights = {"a.weight": torch.randn(30, 70) * torch.logspace(-6, 3, 30)[:, None], "b.weight": torch.randn(4, 5, 6), "tiny": torch.randn(1, 1),
                "scale": torch.randn(7), "zero": torch.zeros(3, 3), "seen": torch.tensor(12)}
     stored = pack(weights, bits)
     again = unpack(stored)
-    assert set(again) == set(weights) and again["seen"] == 12 and stored["a.weight"].numel() == -(-30 * 70 * bits // 8)
+    assert set(again) == set(weights) and again["seen"] == 12
     for name, weight in weights.items():
         if name == "seen": continue
         assert again[name].shape == weight.shape
         largest = weight.flatten(1).abs().amax(1).view(-1, *[1] * (weight.ndim - 1)) if weight.ndim > 1 else 1e-3 * 2**bits * weight.abs()
         assert ((again[name].float() - weight).abs() <= largest * (1 / (2**bits - 4) + 1e-3) + 1e-9).all(), name
+
+
+def test_packed_numbers_are_as_short_as_their_entropy():
+    weight = torch.randn(300, 200)
+    stored = pack({"w": weight}, 7)
+    whole = (weight / stored["w:step"][:, None]).round().int()
+    shares = whole.flatten().unique(return_counts=True)[1].double() / whole.numel()
+    assert torch.equal((whole * stored["w:step"][:, None]), unpack(stored)["w"])
+    assert 1 <= stored["w"].numel() * 8 / whole.numel() / float(-(shares * shares.log2()).sum()) < 1.02
 
 
 def test_half_precision_is_not_packed():
