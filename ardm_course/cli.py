@@ -838,8 +838,8 @@ def add_compare(commands) -> None:
     option = command(kinds, "option", run_compare_option, "One checkpoint says unseen sentences at several values of an option of the sampler.",
                      "compare option ditar-toy guidance 1 1.5 2 3 5 --json guidance.json\ncompare option ditar-toy temperature 0 0.5 1")
     option.add_argument("name", help="checkpoint: released name, folder, or hub id")
-    option.add_argument("option", choices=("guidance", "temperature", "threshold"))
-    option.add_argument("values", nargs="+", type=float)
+    option.add_argument("option", choices=("guidance", "temperature", "threshold", "steps"))
+    option.add_argument("values", nargs="+", type=lambda text: int(text) if text.isdigit() else float(text))
     systems = command(kinds, "systems", run_compare_systems, "Released systems say the same held-out sentences: errors, voice, sound, speed, operations.",
                       "compare systems --json data/results/systems.json\ncompare systems ditar-toy runs/train-toy/model --count 10")
     systems.add_argument("names", nargs="*", help="checkpoints: released names, or folders (default: every released system)")

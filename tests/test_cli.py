@@ -398,9 +398,9 @@ def test_compare_systems(tiny, tmp_path, capsys):
 
 
 def test_compare_an_option(tiny, tmp_path):
-    assert cli.main(["compare", "option", tiny, "temperature", "0", "1", "--count", "1", "--json", "o.json"]) == 0
+    assert cli.main(["compare", "option", tiny, "temperature", "0", "0.5", "--count", "1", "--json", "o.json"]) == 0
     found = json.loads((tmp_path / "o.json").read_text())
-    assert list(found["rows"]) == ["0.0", "1.0"] and found["command"].startswith(f"ardm-course compare option {tiny} temperature 0.0 1.0")
+    assert list(found["rows"]) == ["0", "0.5"] and found["command"].startswith(f"ardm-course compare option {tiny} temperature 0 0.5")
 
 
 def test_compare_recipes(monkeypatch, tmp_path):
