@@ -2,6 +2,7 @@
 import ast
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -166,3 +167,11 @@ def test_links_resolve():
     for path in NOTEBOOKS + [ROOT / "nbs" / "index.ipynb"]:
         for link in re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", "\n".join(map(source, cells(path, "markdown")))):
             assert (path.parent / link).exists(), f"{path.name}: the link {link} leads nowhere"
+
+
+def test_the_tree_can_be_cloned_by_anybody():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed.stdout.split("\0") if name and (ROOT / name).exists()}
+    largest = sorted(sizes, key=sizes.get)[-5:]
+    assert sum(sizes.values()) < 56e6, f"{sum(sizes.values()) / 1e6:.1f} MB, 56 is the limit; the largest files: {', '.join(largest)}"
