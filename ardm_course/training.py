@@ -595,7 +595,7 @@ class Trainer:
 # %% ../nbs/04_training.ipynb #d45605d7
 def training_steps(trainer: Trainer) -> Iterator[Trainer]: # after every step
     "The training loop, as a generator that you may watch, and leave at any step."
-    state, config, device = trainer.state, trainer.config, trainer.accelerator.device
+    state, config, device, model = trainer.state, trainer.config, trainer.accelerator.device, trainer.accelerator.unwrap_model(trainer.model)
     load_checkpoint(trainer)
     begin = time.perf_counter() - state.seconds
     trainer.clock = lambda: time.perf_counter() - begin
@@ -606,6 +606,7 @@ def training_steps(trainer: Trainer) -> Iterator[Trainer]: # after every step
         seed_step(config.seed, state.step, trainer.accelerator.process_index, device)
         for group in trainer.optimizer.param_groups:
             group["lr"] = learning_rate_at(trainer.progress, state.step, config)
+        model.progress = trainer.progress # for losses whose weight depends on it
         trainer.pending.append(train_step(trainer, list(itertools.islice(stream, batches_of_step(trainer.progress, config)))))
         state.step += 1
         if device.type == "cpu" or due(trainer, config.log_every):

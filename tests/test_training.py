@@ -33,7 +33,7 @@ COMMON = textwrap.dedent('''
     class Model(nn.Module):
         def __init__(self, noise=0.1, width=16):
             super().__init__()
-            self.noise, self.unused = noise, nn.Linear(2, 2)
+            self.noise, self.unused, self.progress = noise, nn.Linear(2, 2), 0.0
             self.net = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, 1))
             self.register_buffer("seen", torch.zeros((), dtype=torch.long))
             self.register_buffer("table", torch.ones(3), persistent=False)
@@ -42,7 +42,7 @@ COMMON = textwrap.dedent('''
             self.seen += self.training
             shaken = x + self.noise * torch.randn_like(x) if self.noise else x
             error = (self.net(shaken)[..., 0] - x.prod(-1)).square()
-            return {"loss": (error * mask).sum() / mask.sum(), "weight": mask.sum(), "frames": mask.sum(), "size": 1.0}
+            return {"loss": (error * mask).sum() / mask.sum(), "weight": mask.sum(), "frames": mask.sum(), "size": 1.0, "told": self.progress}
 ''')
 exec(COMMON)
 
