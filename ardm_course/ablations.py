@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'stored_result', 'sentence_errors', 'said_together', 'paired_interval', 'verdict', 'design_effect',
            'half_width', 'runs_interval', 'judged', 'curves_of', 'judged_run', 'as_typed', 'keep', 'mean_of_runs',
-           'compare_recipes', 'difference', 'sooner', 'speed_up', 'sweep', 'operations', 'said_by', 'compare_systems']
+           'runs_before', 'compare_recipes', 'difference', 'sooner', 'speed_up', 'sweep', 'operations', 'said_by',
+           'compare_systems']
 
 # %% ../nbs/21b_ablations.ipynb #9d92bbf0
 import json
@@ -177,22 +178,37 @@ def mean_of_runs(
     return {key: sum(run[key] for run in runs) / len(runs) for key, value in runs[0].items() if isinstance(value, (int, float))} | {"runs": runs}
 
 
+def runs_before(
+    result: str | Path | None,  # a JSON file of compare_recipes, which need not exist
+    settings: dict,  # what all of its trainings have in common
+) -> dict[str, list[dict]]:  # recipe -> what judged_run said of its seeds 0, 1, ...
+    "The trainings that a stored comparison holds. Raises CourseError if they had other settings: they are not to be mixed, and not to be lost."
+    if not result or not Path(result).exists(): return {}
+    stored = json.loads(Path(result).read_text(encoding="utf-8"))
+    if stored.get("settings") == settings: return {name: row.get("runs", [row]) for name, row in stored["rows"].items()}
+    raise CourseError(f"{result} holds trainings with other settings ({stored.get('settings')}) than yours ({settings}). Name another file, or move this one away.")
+
+
 def compare_recipes(
     names: tuple[str, ...],  # recipes that differ in one thing
     folder: str | Path = "runs/compare",  # for the runs; interrupted ones go on
     count: int = 40,  # held-out sentences
-    result: str | Path | None = None,  # a JSON file; one sentence's sound per recipe lies beside it
+    result: str | Path | None = None,  # a JSON file; trainings that it holds are not repeated, and one sentence's sound per recipe lies beside it
     seeds: int = 1,  # every recipe is trained with seeds 0, 1, ...
     **changes,  # `listen`, and fields of the TrainConfig such as steps
 ) -> dict:
     "Train recipes on the same corpus with the same seeds, judge them, and store figures and sounds after every training."
-    runs, told = {name: [] for name in names}, as_typed("recipes", names, seeds=seeds, count=count, **changes)
+    settings = {"count": count, **changes}
+    runs = runs_before(result, settings)
+    told = as_typed("recipes", tuple(dict.fromkeys([*runs, *names])), seeds=max([seeds, *map(len, runs.values())]), **settings)
+    found = {**told, "settings": settings, "rows": {name: mean_of_runs(rows) for name, rows in runs.items()}}
     for seed in range(seeds):
         for name in names:
+            if seed < len(runs.setdefault(name, [])): continue
             tts, history = train(name, Path(folder) / f"{name}-{seed}", seed=seed, **changes)
             spoken = [speak_row(tts, row, seed=seed) for row in held_out(recipe(name), count)]
             runs[name].append(judged_run(spoken, history, tts.codec.frame_rate))
-            found = {**told, "sentence": spoken[0].text, "rows": {name: mean_of_runs(rows) for name, rows in runs.items() if rows}}
+            found |= {"sentence": spoken[0].text, "rows": found["rows"] | {name: mean_of_runs(runs[name])}}
             keep(result, found, {name: (spoken[0].generated.wav, tts.codec.sample_rate)})
     return found
 

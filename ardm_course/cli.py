@@ -129,7 +129,7 @@ def run_train(args: argparse.Namespace) -> None:
     folder, changes = args.out or Path("runs") / f"train-{args.name}", changes_of(args)
     print(f"Training in {folder}; interrupt it when you like, the same command goes on from the last checkpoint.")
     if args.name in CODEC_RECIPES:
-        train_codec(args.name, folder, args.corpus and [args.corpus], **changes)
+        train_codec(args.name, folder, args.corpus and [args.corpus], start=args.start, **changes)
         print(f"The codec is in {folder / 'model'}. Measure it: ardm-course resynthesise real --codec {folder / 'model'} --out out")
         return
     train(args.name, folder, args.corpus, start=args.start, **changes)

@@ -120,7 +120,7 @@ RECIPES = {
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000, decay_batches=2), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
     "mela-toy": Recipe("choir", mela_shape(192, 4, text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True),
     "mela-cosine": Recipe("choir", replace(mela_shape(192, 4), head=replace(toy_shape().head, path="cosine", solver="ddim")), CHOIR, teacher="phones", voices=True),
-    "full-toy": Recipe("choir", full_shape(), CHOIR, teacher="phones", voices=True, joined=0.3),
+    "full-toy": Recipe("choir", full_shape(text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True, joined=0.3),
     "cascade-toy": Recipe("phrases", CascadeConfig(), TrainConfig(steps=5000, learning_rate=3e-3, batch_frames=1000), teacher="phones"),
     **{f"voxcpm-{number}": Recipe("phrases", replace(voxcpm_shape(192, 3), **changes), replace(PHRASES, batch_frames=1000), codec="wavevae")
        for number, changes in STRUCTURES.items()},

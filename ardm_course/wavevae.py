@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'HELD_OUT', 'PIECES', 'GENTLE', 'CODEC_RECIPES', 'BUILT', 'CODEC_CARD', 'VAEConfig', 'draw_latent', 'Snake',
            'CausalConvTranspose1d', 'Residual', 'Resize', 'WaveVAE', 'stacked', 'name_latents', 'rebuild', 'VAEStream',
            'reconstruct', 'begin_linear', 'CodecRecipe', 'fresh_wavevae', 'codec_recipe', 'built_corpus',
-           'codec_corpora', 'some_sounds', 'train_codec', 'plain', 'load_codec_model', 'codec_reached',
+           'codec_corpora', 'some_sounds', 'train_codec', 'begin_trained', 'plain', 'load_codec_model', 'codec_reached',
            'fit_forgiveness', 'measured', 'load_codec', 'release_codec']
 
 # %% ../nbs/06_wavevae.ipynb #20013528
@@ -324,15 +324,17 @@ def train_codec(
     folder: str | Path, # for log, checkpoints and result; a run that was interrupted goes on
     corpora: Sequence[str] | None = None, # other corpora to learn from
     adversary: dict | None = None, # fields of the AdversaryConfig to change, such as {"begin": 1000}
+    start: str | Path | None = None, # a trained codec of the same shape to go on from: its judges are new, and judge at once
     **changes, # fields of the TrainConfig to change, such as steps=100
 ) -> nn.Module: # the trained codec with averaged weights, also saved in folder/model
     "Train a named codec: mels first, judges later; stops if the judges win."
     chosen = codec_recipe(name)
-    settings, judged = replace(chosen.training, **changes), replace(chosen.adversary, **(adversary or {}))
+    settings, judged = replace(chosen.training, **changes), replace(chosen.adversary, **(({"begin": 0} if start else {}) | (adversary or {})))
     seed_everything(settings.seed)
     codec = chosen.build()
+    if start: begin_trained(codec, start)
     training, checked = codec_corpora(corpora)
-    if isinstance(codec, WaveVAE): begin_linear(codec, some_sounds(training, codec.sample_rate))
+    if isinstance(codec, WaveVAE) and not start: begin_linear(codec, some_sounds(training, codec.sample_rate))
     data = CodecData(training, codec.sample_rate, chosen.frame)
     sounds = held_out_sounds(checked, codec.sample_rate, 1920)
     trainer = Trainer(CodecTraining(codec, judged), data, stack, settings, folder, validate=validation(sounds),
@@ -340,6 +342,21 @@ def train_codec(
     trainer.fit()
     with trainer.ema.swapped(): write_released(plain(codec.cpu().eval()), Path(folder) / "model")
     return measured(load_codec_model(Path(folder) / "model"), training, Path(folder) / "model")
+
+
+@torch.no_grad()
+def begin_trained(
+    codec: nn.Module, # an untrained codec
+    start: str | Path, # name, folder or hub id of a trained one
+) -> None:
+    "Give a codec the weights of a trained one. Raises CourseError if it has another shape."
+    found = load_codec_model(find_checkpoint(start))
+    if found.config != codec.config: raise CourseError(f"{start} is another kind of codec than this recipe's. Start from a checkpoint of the same recipe, or from nothing.")
+    for name, value in found.state_dict().items():
+        owner, _, last = name.rpartition(".")
+        part = codec.get_submodule(owner)
+        if parametrize.is_parametrized(part, last): setattr(part, last, value)
+        else: getattr(part, last).copy_(value)
 
 
 def plain(module: nn.Module) -> nn.Module: # the same module, changed in place

@@ -1,5 +1,6 @@
 """Comparisons: the intervals hold what they claim, luck is counted twice, and what cannot be compared is refused."""
 import statistics
+import json
 from dataclasses import replace
 
 import pytest
@@ -172,6 +173,25 @@ def test_recipes_are_compared_and_nothing_is_stored(tmp_path, monkeypatch, tiny)
     runs = found["rows"]["tiny"]["runs"]
     assert len(runs) == 2 and all(len(run["samples"]) == 2 for run in runs)
     assert difference(found["rows"]["tiny"], found["rows"]["tiny"])[0] == 0.0 and (tmp_path / "runs" / "tiny-1" / "model").is_dir()
+
+
+def test_a_stored_comparison_goes_on(tmp_path, monkeypatch, tiny):
+    "What the file holds is not trained again; more seeds and recipes join it; other settings are refused and change nothing."
+    monkeypatch.setattr(recipes, "measure", lambda samples: {"text": [s.text for s in samples], "moonshine": [s.text for s in samples], "similarity": None, "mos": None})
+    monkeypatch.setattr(ablations, "speak_row", lambda tts, row, **options: speak_row(tts, row, steps=1, threshold=-1.0))
+    monkeypatch.setitem(RECIPES, "other", tiny)
+    trained, small = [], prepare(tiny, limit=4)
+    monkeypatch.setattr(recipes, "prepare", lambda chosen, corpus=None, limit=None: small)
+    monkeypatch.setattr(ablations, "train", lambda name, folder, **changes: trained.append((name, changes["seed"])) or train(name, folder, **changes))
+    go = lambda names, seeds, **changes: compare_recipes(names, tmp_path / "runs", 1, tmp_path / "found.json", seeds, validate_every=1, **{"steps": 1, **OPTIONS, **changes})
+    first = go(("tiny",), 1)["rows"]["tiny"]
+    stored = json.loads((tmp_path / "found.json").read_text())["rows"]["tiny"]
+    again, more = go(("tiny",), 1), go(("other", "tiny"), 2)
+    assert trained == [("tiny", 0), ("other", 0), ("other", 1), ("tiny", 1)] and again["rows"] == {"tiny": stored} and stored["wer_moonshine"] == first["wer_moonshine"]
+    assert more["rows"]["tiny"]["runs"][0] == stored and len(more["rows"]["other"]["runs"]) == 2 and "recipes tiny other --seeds 2" in more["command"]
+    kept = (tmp_path / "found.json").read_bytes()
+    with pytest.raises(CourseError, match="other settings"): go(("tiny",), 1, steps=2)
+    assert (tmp_path / "found.json").read_bytes() == kept and len(trained) == 4
 
 
 def test_all_systems_say_the_same(tmp_path, tiny):

@@ -361,6 +361,18 @@ def test_a_tiny_recipe_from_corpus_to_release(tmp_path, monkeypatch):
     assert torch.allclose(load_codec(target).mean, codec.mean, atol=1e-2, rtol=1e-2) and (target / "log.jsonl").read_text().count("\n") >= 1
 
 
+@pytest.mark.parametrize("config", [SMALL, CONVOLUTIONS], ids=["mel", "samples"])
+@torch.no_grad()
+def test_a_codec_goes_on_from_a_trained_one(config, tmp_path):
+    trained, other = plain(made(config)), WaveVAE(config).eval()
+    write_released(trained, tmp_path / "trained")
+    wavevae.begin_trained(other, tmp_path / "trained")
+    latents = noise(1, 3, config.dim, scale=1.0)
+    assert torch.allclose(other.decode(latents), trained.decode(latents), atol=1e-3)
+    write_released(plain(WaveVAE(replace(config, dim=config.dim + 1))), tmp_path / "wider")
+    with pytest.raises(CourseError, match="another kind of codec"): wavevae.begin_trained(other, tmp_path / "wider")
+
+
 def test_a_card_quotes_what_was_measured(tmp_path, monkeypatch):
     import json
     monkeypatch.setattr(wavevae, "data_dir", lambda: tmp_path)
