@@ -112,6 +112,7 @@ CHOIR = replace(PHRASES, steps=12000, minutes=None)
 RECIPES = {
     "toy": Recipe("phrases", toy_shape(), PHRASES),
     "toy-unaligned": Recipe("phrases", toy_shape(), PHRASES, teacher=None),
+    "toy-full": Recipe("phrases", full_shape(), PHRASES, voices=True),  # every part from nothing in the same minutes
     "toy-layer-2": Recipe("phrases", toy_shape(alignment_layer=2), PHRASES),  # half-way up the language model
     "toy-falling": Recipe("phrases", toy_shape(alignment_end=0.7), PHRASES),  # at 0 when the learning rate begins to fall
     "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), input_noise=0.3, history_noise=0.3),
