@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SYSTEMS', 'stored_result', 'sentence_errors', 'said_together', 'paired_interval', 'verdict', 'design_effect',
            'half_width', 'runs_interval', 'judged', 'curves_of', 'judged_run', 'as_typed', 'keep', 'mean_of_runs',
-           'runs_before', 'compare_recipes', 'difference', 'sooner', 'speed_up', 'sweep', 'operations', 'said_by',
-           'compare_systems']
+           'runs_before', 'compare_recipes', 'difference', 'sooner', 'speed_up', 'operations', 'said_by',
+           'compare_systems', 'sweep']
 
 # %% ../nbs/21b_ablations.ipynb #9d92bbf0
 import json
@@ -23,7 +23,7 @@ from .corpus import decode
 from .evaluation import bootstrap_interval, real_time_factor, stop_reasons, time_stream
 from .recipes import Spoken, held_out, judge, own_voice, recipe, speak_row, train, training_summary
 from .report import counted_words, environment, mark_words, write_json
-from .tts import TTS, story_prompt
+from .tts import TTS
 
 
 def stored_result(
@@ -252,29 +252,6 @@ def speed_up(
     if None in factors: return None
     return statistics.median(factors), min(factors), max(factors)
 
-# %% ../nbs/21b_ablations.ipynb #ff1cfc4f
-def sweep(
-    name: str | Path,  # of a checkpoint
-    option: str,  # of tts.draw, such as "guidance"
-    values: tuple[float, ...],
-    count: int = 50,  # sentences of texts/unseen.txt
-    seeds: int = 1,  # everything is said with seeds 0, 1, ...
-    result: str | Path | None = None,  # a JSON file
-    **options,  # of tts.draw, the same for all
-) -> dict:
-    "Let a checkpoint say unseen sentences at several values of one option, and judge them."
-    tts, rows = TTS.from_pretrained(name), {}
-    texts = (data_dir() / "corpus" / "texts" / "unseen.txt").read_text(encoding="utf-8").splitlines()[:count]
-    like = story_prompt(tts.model.config.voice).wav if tts.model.config.voice else None
-    for value in values:
-        spoken = [tts(text, seed=seed, **{option: value}, **options) for seed in range(seeds) for text in texts]
-        row = judged("generated", texts * seeds, [s.wav for s in spoken], None if like is None else [like] * len(spoken), tts.codec.sample_rate)
-        rows[str(value)] = {**row, "stop_reasons": stop_reasons(s.stop_reason for s in spoken)}
-        print(option, value, {key: round(row[key], 3) for key in ("wer_moonshine", "wer_whisper", "mos", "similarity") if row[key] is not None}, flush=True)
-    found = {**as_typed("option", (name, option, *values), count=count, seeds=seeds, **options), "rows": rows}
-    keep(result, found)
-    return found
-
 # %% ../nbs/21b_ablations.ipynb #3ea30e66
 SYSTEMS = ("ditar-toy", "cascade-toy", "voxcpm-1", "mela-toy", "full-toy") # released checkpoints that speak the closed language
 
@@ -294,17 +271,18 @@ def said_by(
     rows: list[dict],  # of a corpus
     real: list[Tensor],  # [T] their recordings at 24 kHz
     seeds: int,
+    **options,  # of tts.draw
 ) -> tuple[dict, Tensor]:  # a report row with samples and costs, and the first sentence's sound
     "Let a system say sentences, judge it, and count what it costs."
     texts, voices = [row["text_normalized"] for row in rows], [own_voice(tts, row) for row in rows]
-    spoken = [tts(text, voice=voice, seed=seed) for seed in range(seeds) for text, voice in zip(texts, voices)]
+    spoken = [tts(text, voice=voice, seed=seed, **options) for seed in range(seeds) for text, voice in zip(texts, voices)]
     heard = [resample(wav, 24000, tts.codec.sample_rate) for wav in real]
     row = judged("generated", texts * seeds, [s.wav for s in spoken], heard * seeds, tts.codec.sample_rate)
-    firsts = [time_stream(tts.stream(text, voice=voice, seed=0), tts.codec.sample_rate).first_audio_ms for text, voice in zip(texts[:9], voices)]
+    firsts = [time_stream(tts.stream(text, voice=voice, seed=0, **options), tts.codec.sample_rate).first_audio_ms for text, voice in zip(texts[:9], voices)]
     rtf = real_time_factor(*(sum(s.timings[name] for s in spoken) for name in ("total_s", "audio_s")))
     parameters = count_parameters(tts.model) - sum(p.numel() for name, p in tts.model.named_parameters() if name.startswith("alignment"))
     return {**row, "stop_reasons": stop_reasons(s.stop_reason for s in spoken), "rtf": rtf, "first_audio_ms": statistics.median(firsts),
-            "parameters": parameters, "gflops_per_s": operations(tts, texts[0], voice=voices[0], seed=0)}, spoken[0].wav
+            "parameters": parameters, "gflops_per_s": operations(tts, texts[0], voice=voices[0], seed=0, **options)}, spoken[0].wav
 
 # %% ../nbs/21b_ablations.ipynb #34a53fc0
 def compare_systems(
@@ -331,3 +309,23 @@ def compare_systems(
     told = {**as_typed("systems", tuple(sounds), count=count, seeds=seeds), "sentence": texts[0], "rows": found}
     keep(result, told, sounds)
     return told
+
+# %% ../nbs/21b_ablations.ipynb #ff1cfc4f
+def sweep(
+    name: str | Path,  # of a checkpoint
+    option: str,  # of tts.draw, such as "guidance"
+    values: tuple[float, ...],
+    count: int = 40,  # held-out sentences of the closed language
+    seeds: int = 1,  # everything is said with seeds 0, 1, ...
+    result: str | Path | None = None,  # a JSON file
+    **options,  # of tts.draw, the same for all
+) -> dict:
+    "Let a checkpoint say the same sentences at several values of one option, and judge them."
+    tts, held, rows = TTS.from_pretrained(name), held_out(recipe("toy"), count), {}
+    real = [decode(row) for row in held]
+    for value in values:
+        row = rows[str(value)] = said_by(tts, held, real, seeds, **{option: value}, **options)[0]
+        print(option, value, {key: round(row[key], 3) for key in ("wer_moonshine", "wer_whisper", "mos", "similarity") if row[key] is not None}, flush=True)
+    found = {**as_typed("option", (name, option, *values), count=count, seeds=seeds, **options), "rows": rows}
+    keep(result, found)
+    return found

@@ -114,8 +114,12 @@ def run_check(args: argparse.Namespace) -> int: # 1 if something is wrong
     return min(found, 1)
 
 # %% ../nbs/appendix/cli.ipynb #9f5dc1b1
-def changes_of(args: argparse.Namespace) -> dict:  # fields of the TrainConfig that the command line gives
-    return {name: value for name in ("steps", "minutes", "learning_rate", "seed", "bfloat16") if (value := getattr(args, name, None)) is not None}
+def changes_of(
+    args: argparse.Namespace,  # of a training
+) -> dict:  # fields of the TrainConfig
+    "What the command line changes of a recipe's training; a number of steps alone lifts its limit of minutes."
+    given = {name: value for name in ("steps", "minutes", "learning_rate", "seed", "bfloat16") if (value := getattr(args, name, None)) is not None}
+    return {"minutes": None, **given} if "steps" in given else given
 
 
 def run_train(args: argparse.Namespace) -> None:
@@ -753,7 +757,7 @@ def add_data(commands) -> None:
 # %% ../nbs/appendix/cli.ipynb #e0c07f2f
 def training_options(parser: argparse.ArgumentParser) -> None:
     "What may be changed of a recipe's training."
-    parser.add_argument("--steps", type=at_least(int, 1), help="optimizer steps (default: the recipe's)")
+    parser.add_argument("--steps", type=at_least(int, 1), help="optimizer steps, however long they take if --minutes is not given (default: the recipe's)")
     parser.add_argument("--minutes", type=at_least(float, 0.01), help="end after this time, with a finished decay (default: the recipe's)")
     parser.add_argument("--learning-rate", type=at_least(float, 0), help="the highest (default: the recipe's)")
     parser.add_argument("--bfloat16", action="store_true", default=None, help="matrix products in bfloat16 on the processor: faster where it has instructions for them")
@@ -836,7 +840,7 @@ def add_compare(commands) -> None:
     recipes.add_argument("--listen", type=at_least(int, 0), default=0, help="also speak so many sentences at every validation, for a curve of word errors (default: %(default)s)")
     training_options(recipes)
     option = command(kinds, "option", run_compare_option, "One checkpoint says unseen sentences at several values of an option of the sampler.",
-                     "compare option ditar-toy guidance 1 1.5 2 3 5 --json guidance.json\ncompare option ditar-toy temperature 0 0.5 1")
+                     "compare option voxcpm-1 guidance 1 1.5 2 3 5 --json guidance.json\ncompare option ditar-toy temperature 0 0.5 1")
     option.add_argument("name", help="checkpoint: released name, folder, or hub id")
     option.add_argument("option", choices=("guidance", "temperature", "threshold", "steps"))
     option.add_argument("values", nargs="+", type=lambda text: int(text) if text.isdigit() else float(text))
