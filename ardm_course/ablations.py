@@ -188,7 +188,7 @@ def runs_before(
     if stored.get("settings") == settings: return {name: row.get("runs", [row]) for name, row in stored["rows"].items()}
     raise CourseError(f"{result} holds trainings with other settings ({stored.get('settings')}) than yours ({settings}). Name another file, or move this one away.")
 
-
+# %% ../nbs/21b_ablations.ipynb #7ac425bd
 def compare_recipes(
     names: tuple[str, ...],  # recipes that differ in one thing
     folder: str | Path = "runs/compare",  # for the runs; interrupted ones go on

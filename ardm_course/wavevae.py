@@ -343,7 +343,7 @@ def train_codec(
     with trainer.ema.swapped(): write_released(plain(codec.cpu().eval()), Path(folder) / "model")
     return measured(load_codec_model(Path(folder) / "model"), training, Path(folder) / "model")
 
-
+# %% ../nbs/06_wavevae.ipynb #740d478e
 @torch.no_grad()
 def begin_trained(
     codec: nn.Module, # an untrained codec
