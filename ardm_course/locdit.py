@@ -64,10 +64,11 @@ class DiTBlock(nn.Module):
         modulation: Tensor,  # [S, 1, 6 W] from self.modulation
         rope: tuple[Tensor, Tensor],  # angles of the L positions
         mask: Tensor | None = None,  # [S, 1, 1, L] which tokens there are; None: all
-    ) -> Tensor:  # [S, L, W]
+        keep: int = 0,  # only the last so many tokens are wanted; 0: all
+    ) -> Tensor:  # [S, L or keep, W]
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, -1)
         y = torch.addcmul(shift1, self.attention_norm(x), 1 + scale1)
-        x = torch.addcmul(x, gate1, self.attention(y, rope, causal=False, mask=mask))
+        x = torch.addcmul(x, gate1, self.attention(y, rope, causal=False, mask=mask))[:, -keep:]
         y = torch.addcmul(shift2, self.feed_forward_norm(x), 1 + scale2)
         return torch.addcmul(x, gate2, self.feed_forward(y))
 
@@ -96,9 +97,13 @@ class LocDiT(nn.Module):
         past: Tensor | None,  # [S, P, W] embedded previous patch; None without history
     ) -> Tensor:  # [S, P, D] prediction
         x = torch.cat([cond[:, None], *([] if past is None else [past]), self.noisy(xt)], 1) + self.position  # [S, 1 + P (+ P), W]
+        return self.out(self.through(x, modulations))
+
+    def through(self, x: Tensor, modulations: list[Tensor]) -> Tensor:  # [S, L, W] -> [S, P, W]
+        "All blocks; behind the last one only the noisy patch is wanted."
         for block, modulation in zip(self.blocks, modulations):
-            x = block(x, modulation, (self.cos, self.sin))
-        return self.out(self.norm(x[:, -self.config.patch:]))
+            x = block(x, modulation, (self.cos, self.sin), keep=self.config.patch if block is self.blocks[-1] else 0)
+        return self.norm(x)
 
     def modulations(self, t: Tensor, cond: Tensor) -> list[Tensor]: return modulations(self, t, cond)
 

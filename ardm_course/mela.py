@@ -99,8 +99,7 @@ class MELADiT(LocDiT):
     ) -> Tensor:  # [S, P, D] prediction
         before, now = cond[:, None].chunk(2, -1)
         x = torch.cat([past + before, self.noisy(xt) + now], 1) + self.position  # [S, 2 P, W]
-        for block, modulation in zip(self.blocks, modulations): x = block(x, modulation, (self.cos, self.sin))
-        return self.out(self.norm(x[:, -self.config.patch:]))
+        return self.out(self.through(x, modulations))
 
 # %% ../nbs/15_mela.ipynb #61f36870
 def resemblyzer(wav: Tensor, rate: int) -> Tensor: # [T] samples, Hz -> [256]

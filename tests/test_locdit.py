@@ -71,6 +71,17 @@ def test_a_new_block_is_the_identity_and_its_gates_learn_first():
     assert not any(part.any() for part in (scale1, shift1, scale2, shift2))
 
 
+def test_tokens_that_nobody_reads_are_not_computed_to_the_end():
+    seed_everything(0)
+    block, net = DiTBlock(HeadConfig(**SMALL)), LocDiT(HeadConfig(**SMALL))
+    torch.nn.init.normal_(block.modulation.weight)
+    x, modulation, seen = torch.randn(2, 7, 16), block.modulation(torch.randn(2, 1, 16)), []
+    block.feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    rope = (net.cos, net.sin)
+    torch.testing.assert_close(block(x, modulation, rope, keep=3), block(x, modulation, rope)[:, -3:])
+    assert seen == [3, 7]
+
+
 def test_output_layer_learns_from_the_first_step():
     seed_everything(0)
     head, (x0, cond, past) = FlowHead(HeadConfig(**SMALL)), inputs()
