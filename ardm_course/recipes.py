@@ -118,7 +118,7 @@ RECIPES = {
     "toy-falling": Recipe("phrases", toy_shape(alignment_end=0.7), PHRASES),  # at 0 when the learning rate begins to fall
     "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), input_noise=0.3, history_noise=0.3),
                         TrainConfig(steps=18000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
-    "voxcpm-toy": Recipe("open+many", voxcpm_shape(text=TextConfig("phonemes", 0.9), patch_share=0.25, voice="4001"),
+    "voxcpm-toy": Recipe("open+many", voxcpm_shape(256, 5, text=TextConfig("phonemes", 0.9), patch_share=0.25, voice="4001"),
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000, decay_batches=2), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
     "mela-toy": Recipe("choir", mela_shape(192, 4, text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True),
     "mela-cosine": Recipe("choir", replace(mela_shape(192, 4), head=replace(toy_shape().head, path="cosine", solver="ddim")), CHOIR, teacher="phones", voices=True),
@@ -369,12 +369,13 @@ def listening(
 
 # %% ../nbs/21_libritts.ipynb #0943ecca
 def continued(
-    config: ARDMConfig,  # of a recipe
+    chosen: Recipe,
     start: str | Path,  # a checkpoint
 ) -> ARDMConfig:
-    "A recipe's config with what a checkpoint's weights rely on: latents, voices and rotary positions."
+    "A recipe's config with what a checkpoint's weights rely on: voices, rotary positions and, where both have the same codec, its latents."
     old = load_model(find_checkpoint(start)).config
-    return replace(config, codec=old.codec, speakers=old.speakers or config.speakers, tokens_per_patch=old.tokens_per_patch)
+    codec = old.codec if old.codec.get("checkpoint", "mel") == chosen.codec else {}
+    return replace(chosen.model, codec=codec, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch)
 
 
 def start_from(
@@ -414,7 +415,7 @@ def train(
 ) -> tuple[TTS, list[dict]]:  # the trained model with averaged weights, also saved in folder/model; and the log
     "Train a named recipe."
     settings, chosen = replace(recipe(name).training, **changes), recipe(name)
-    if start: chosen = replace(chosen, model=continued(chosen.model, start))
+    if start: chosen = replace(chosen, model=continued(chosen, start))
     data = data or prepare(chosen, corpus)
     model = make_model(data, settings.seed, start)
     checks = [validation(data.validation), *([listening(held_out(chosen, listen, corpus))] if listen else [])]

@@ -117,10 +117,11 @@ def test_a_training_starts_from_a_checkpoint(tmp_path, monkeypatch):
     data = prepare(RECIPES["tiny"], limit=4)
     first, _ = train("tiny", tmp_path / "first", data=data, steps=2, **options)
     start = tmp_path / "first" / "model"
-    config = continued(replace(RECIPES["tiny"].model, history_noise=0.3), start)
+    config = continued(replace(RECIPES["tiny"], model=replace(RECIPES["tiny"].model, history_noise=0.3)), start)
     assert config.codec == data.config.codec and config.tokens_per_patch == data.config.tokens_per_patch and config.history_noise == 0.3
     again = prepare(replace(RECIPES["tiny"], model=config), limit=4)
     assert torch.equal(again.train[0].patches, data.train[0].patches)
+    assert not continued(replace(RECIPES["tiny"], codec="wavevae"), start).codec, "latents of another codec are not the recipe's"
     second, history = train("tiny", tmp_path / "second", data=again, start=start, steps=1, learning_rate=0.0, **options)
     assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), second.model.state_dict().values()))
     monkeypatch.setitem(RECIPES, "tiny", replace(RECIPES["tiny"], model=toy_shape(96, 1, 1)))
