@@ -85,8 +85,7 @@ class LocDiT(nn.Module):
         self.position = nn.Parameter(torch.randn(self.length, width) * 0.02)
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.layers))
         self.norm, self.out = RMSNorm(width), nn.Linear(width, config.latent_dim)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        for started in (self.out.weight, self.out.bias): nn.init.zeros_(started)
         for name, table in zip(("cos", "sin"), rope_table(torch.arange(self.length), width // config.heads)):
             self.register_buffer(name, table, persistent=False)
 

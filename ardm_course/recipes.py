@@ -374,8 +374,7 @@ def continued(
 ) -> ARDMConfig:
     "A recipe's config with what a checkpoint's weights rely on: voices, rotary positions and, where both have the same codec, its latents."
     old = load_model(find_checkpoint(start)).config
-    codec = old.codec if old.codec.get("checkpoint", "mel") == chosen.codec else {}
-    return replace(chosen.model, codec=codec, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch)
+    return replace(chosen.model, codec=old.codec if old.codec.get("checkpoint", "mel") == chosen.codec else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch)
 
 
 def start_from(
