@@ -408,7 +408,7 @@ def train(
     folder: str | Path,  # for log, checkpoints and result; a run that was interrupted goes on
     corpus: str | Path | None = None,  # another copy of the corpus
     data: Prepared | None = None,  # what `prepare` made; None: make it
-    start: str | Path | None = None,  # go on from a checkpoint: its weights, latents, voices and positions
+    start: str | Path | None = None,  # go on from a checkpoint: its weights, voices and positions, and its latents if the codec is the same
     listen: int = 0,  # speak so many held-out sentences at every validation, for a curve of word errors
     **changes,  # fields of the TrainConfig to change, such as steps=100
 ) -> tuple[TTS, list[dict]]:  # the trained model with averaged weights, also saved in folder/model; and the log
