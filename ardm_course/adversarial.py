@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEL_SCALES', 'Seen', 'RATE', 'BLOCK', 'SPEEDS', 'scale_bank', 'multi_scale_mel', 'AdversaryConfig', 'through',
            'PeriodJudge', 'WindowJudge', 'Judges', 'judge_loss', 'fool_loss', 'feature_loss', 'frozen', 'CodecTraining',
-           'sound_and_pitch', 'pitch_at', 'vary', 'CodecData', 'stack', 'held_out_sounds', 'validation',
+           'sound_and_pitch', 'pitch_at', 'elsewhere', 'vary', 'CodecData', 'stack', 'held_out_sounds', 'validation',
            'StopIfDiverging']
 
 # %% ../nbs/05c_adversarial.ipynb #bd3e082f
@@ -206,17 +206,32 @@ def pitch_at(
 SPEEDS = ((1, 1), (1, 1), (1, 1), (1, 1), (4, 5), (5, 4), (9, 10), (10, 9), (8, 9), (9, 8)) # samples taken, samples made
 
 
+def elsewhere(
+    wav: Tensor, # [T] samples at 24 kHz
+) -> Tensor: # [T], as loud
+    "The same words in another room and through another microphone: echoes, a tilted spectrum, hiss."
+    draw, fall = torch.Generator().manual_seed(random.getrandbits(32)), int(random.uniform(0.05, 0.4) * RATE) # samples until echoes are 60 dB down
+    echoes = torch.randn(fall, generator=draw) * 10 ** (-3 * torch.arange(fall) / fall)
+    size = len(wav) + fall
+    tilt = (torch.fft.rfftfreq(size, 1 / RATE).clamp(min=100) / 1000) ** random.uniform(-0.5, 0.5) # 3 dB an octave at most
+    room = 1 + random.uniform(0.05, 0.5) * torch.fft.rfft(echoes / echoes.norm(), size)
+    heard = torch.fft.irfft(torch.fft.rfft(wav, size) * room * tilt, size)[: len(wav)]
+    hiss = torch.randn(len(wav), generator=draw) * 10 ** (-random.uniform(20, 50) / 20)
+    return wav.square().mean().sqrt() * (heard / heard.square().mean().sqrt().clamp(min=1e-8) + hiss)
+
+
 def vary(
     blocks: Tensor, # [F, 241] from sound_and_pitch, at least as long as needed
     count: int, # samples at 24 kHz
     pitches: int, # pitch values over these samples
 ) -> tuple[Tensor, Tensor]: # [count] samples, [pitches] Hz
-    "A random piece as another person might have said it: other speed and pitch, loudness, and sometimes no treble."
+    "A random piece as another person might have said it elsewhere: other speed and pitch, loudness, a room, and sometimes no treble."
     old, new = random.choice(SPEEDS)
     need = -(-count * old // new) + 2 * old
     start = random.randrange(max(1, blocks.shape[0] * BLOCK - need))
     wav = F.pad(blocks[:, :BLOCK].flatten()[start : start + need], (0, max(0, start + need - blocks.shape[0] * BLOCK)))
     if old != new: wav = resample(wav, old, new)
+    if random.random() < 0.3: wav = elsewhere(wav) # 0.3: most pieces stay as clean as what the course speaks
     if random.random() < 0.12: wav = resample(resample(wav, 3, 2), 2, 3) # like a recording at 16 kHz
     ends = start + torch.arange(1, pitches + 1) * (count / pitches) * old / new # each pitch belongs to the end of its block
     gain = 10 ** (random.uniform(-14, 6) / 20)
