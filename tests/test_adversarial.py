@@ -284,7 +284,7 @@ def test_vary_keeps_sound_and_pitch_together(seed):
 def test_vary_pads_what_is_too_short_and_is_repeatable():
     blocks, found = sound_and_pitch(hum(160, 0.1)), []
     for _ in range(2):
-        random.seed(0)  # no room, so no hiss
+        random.seed(3)  # no room, so no hiss
         found.append(vary(blocks, 24000, 100))
     assert torch.equal(found[0][0], found[1][0]) and found[0][0].shape == (24000,) and found[0][0][-2400:].abs().max() < 1e-3
     quiet, hz = vary(sound_and_pitch(torch.zeros(4800)), 2400, 10)
