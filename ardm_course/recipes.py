@@ -510,7 +510,7 @@ A checkpoint of ardm_course, trained by `ardm-course train {name}` ({steps} step
 {note}- Licence: Apache-2.0. Use it for learning; it says what you type in a voice that belongs to nobody.
 - SHA-256 of model.safetensors: {sha256}
 
-What it reaches: {reached} (`data/results/{name}.json`, written by `ardm-course evaluate {name}`).
+What it reaches: {reached}.
 """
 
 
@@ -520,10 +520,11 @@ def reached(
     "What the stored evaluation of a checkpoint says, in one sentence."
     file = data_dir() / "results" / f"{name}.json"
     if not file.exists(): return "not measured yet"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
-    said, through = rows["generated"], rows["resynthesised"]
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    said, through = stored["rows"]["generated"], stored["rows"]["resynthesised"]
     return (f"on {said['n']} spoken held-out sentences {said['wer_moonshine']:.1%} word errors by Moonshine and {said['wer_whisper']:.1%} by Whisper, "
-            f"real speech through the codec {through['wer_moonshine']:.1%} and {through['wer_whisper']:.1%}")
+            f"real speech through the codec {through['wer_moonshine']:.1%} and {through['wer_whisper']:.1%} "
+            f"(`data/results/{name}.json`, written by `{stored.get('command', f'ardm-course evaluate {name}')}`)")
 
 # %% ../nbs/21_libritts.ipynb #59f61811
 def release(

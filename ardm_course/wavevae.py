@@ -431,7 +431,7 @@ def load_codec(
 # %% ../nbs/06_wavevae.ipynb #459b6a5b
 CODEC_CARD = """# {name}
 
-A checkpoint of ardm_course, trained by `ardm-course train {name}` ({steps} steps, {hours:.2f} hours on {device}, seed {seed}; the judges joined at step {begin}).
+A checkpoint of ardm_course, trained by `ardm-course train {name}` ({steps} steps, {hours:.2f} hours on {device}, seed {seed}; the judges speak from step {begin} of its log).
 
 - Model: {parameters} parameters, {rate} Hz, {frames:g} frames per second, stored with 8 bits a number.
 - Learned from: synthetic voices only (hibari-tts and Kokoro, both Apache-2.0): the corpora `open` (every eighth sentence) and `voices`, built by `ardm-course data build`, and the train split of `stories` without the voices {held}.
@@ -454,7 +454,7 @@ def release_codec(
     write_released(codec, target, bits=8)
     last = [row for row in history if "seconds" in row][-1]
     hop = codec.config.hop if isinstance(codec, WaveVAE) else codec.hop
-    card = CODEC_CARD.format(name=name, steps=last["step"], hours=last["seconds"] / 3600, device=pick_device(), seed=chosen.training.seed, begin=chosen.adversary.begin,
+    card = CODEC_CARD.format(name=name, steps=last["step"], hours=last["seconds"] / 3600, device=pick_device(), seed=chosen.training.seed, begin=next((row["step"] for row in history if row.get("judge")), "none"),
                              parameters=human(count_parameters(codec)), rate=codec.sample_rate, frames=codec.sample_rate / hop, held=", ".join(HELD_OUT),
                              mel=curve(history, "valid_mel")[1][-1], note=note and f"- {note}\n", reached=codec_reached(name),
                              sha256=digest_of(target))
