@@ -342,7 +342,7 @@ class VocoderConfig:
     fine_width: int = 128 # channels at the fine rate
     fine_layers: int = 2
     lookahead: int = 2 # mel frames that it waits for; 0: strictly causal
-    rounds: tuple[float, ...] = (1.5, 1.5) # strengths of the corrections by ear; none: (), and no more waiting
+    rounds: tuple[float, ...] = (1.5, 1.5, 1.5, 1.5) # strengths of the corrections by ear; none: (), and no more waiting
 
 # %% ../nbs/05b_neural.ipynb #a2c0rrec
 class NeuralVocoder(nn.Module):
