@@ -150,13 +150,13 @@ def judged_run(
 
 # %% ../nbs/21b_ablations.ipynb #212f0783
 def as_typed(
-    what: str,  # recipes, systems or option
-    names: tuple,  # what is compared
+    what: str,  # of ardm-course: evaluate, compare recipes ...
+    names: tuple,  # what is compared or judged
     **options,  # those that are None or False are left out
 ) -> dict:  # "command" and "environment", for a stored result
-    "How a comparison is typed."
+    "How a measurement is typed, and where it ran."
     typed = [f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}") for name, value in options.items() if value not in (None, False)]
-    return {"command": " ".join(["ardm-course compare", what, *map(str, names), *typed]), "environment": environment()}
+    return {"command": " ".join(["ardm-course", what, *map(str, names), *typed]), "environment": environment()}
 
 
 def keep(
@@ -200,7 +200,7 @@ def compare_recipes(
     "Train recipes on the same corpus with the same seeds, judge them, and store figures and sounds after every training."
     settings = {"count": count, **changes}
     runs = runs_before(result, settings)
-    told = as_typed("recipes", tuple(dict.fromkeys([*runs, *names])), seeds=max([seeds, *map(len, runs.values())]), **settings)
+    told = as_typed("compare recipes", tuple(dict.fromkeys([*runs, *names])), seeds=max([seeds, *map(len, runs.values())]), **settings)
     found = {**told, "settings": settings, "rows": {name: mean_of_runs(rows) for name, rows in runs.items()}}
     for seed in range(seeds):
         for name in names:
@@ -306,7 +306,7 @@ def compare_systems(
             found[codec] = judged("resynthesised", texts, [tts.codec.decode(tts.codec.encode(wav[None]))[0] for wav in heard], heard, tts.codec.sample_rate)
         found[name], sound = said_by(tts, held, real, seeds)
         sounds[name] = sound, tts.codec.sample_rate
-    told = {**as_typed("systems", tuple(sounds), count=count, seeds=seeds), "sentence": texts[0], "rows": found}
+    told = {**as_typed("compare systems", tuple(sounds), count=count, seeds=seeds), "sentence": texts[0], "rows": found}
     keep(result, told, sounds)
     return told
 
@@ -326,6 +326,6 @@ def sweep(
     for value in values:
         row = rows[str(value)] = said_by(tts, held, real, seeds, **{option: value}, **options)[0]
         print(option, value, {key: round(row[key], 3) for key in ("wer_moonshine", "wer_whisper", "mos", "similarity") if row[key] is not None}, flush=True)
-    found = {**as_typed("option", (name, option, *values), count=count, seeds=seeds, **options), "rows": rows}
+    found = {**as_typed("compare option", (name, option, *values), count=count, seeds=seeds, **options), "rows": rows}
     keep(result, found)
     return found

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_doctor', 'run_build', 'run_info', 'wrong_files',
            'unreadable_rows', 'run_check', 'changes_of', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve',
-           'sentences', 'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'as_evaluated',
-           'run_evaluate', 'median', 'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench',
-           'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate', 'run_bench_original',
-           'ratio_of', 'run_bench_stream', 'run_compare_recipes', 'run_compare_option', 'run_compare_systems',
-           'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times',
-           'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions',
-           'run_resynthesise', 'speaking_options', 'add_data', 'training_options', 'add_model', 'add_serve',
-           'add_measure', 'add_compare', 'add_resynthesise', 'make_parser', 'main']
+           'sentences', 'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median',
+           'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named',
+           'generate_without_cache', 'generation_times', 'run_bench_generate', 'run_bench_original', 'ratio_of',
+           'run_bench_stream', 'run_compare_recipes', 'run_compare_option', 'run_compare_systems', 'listed_texts',
+           'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times', 'save_sounds',
+           'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions', 'run_resynthesise',
+           'speaking_options', 'add_data', 'training_options', 'add_model', 'add_serve', 'add_measure', 'add_compare',
+           'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -254,20 +254,14 @@ def print_rows(rows: dict[str, dict]) -> None:
         print(f"{kind:14}{row['n']:5}" + "".join(f"{cell:>24}" for cell in cells))
 
 # %% ../nbs/appendix/cli.ipynb #bd8ab484
-def as_evaluated(args: argparse.Namespace) -> str:
-    "How an evaluation is typed, without what is at its default."
-    said = ["--corpus", args.corpus, "--split", args.split] if args.corpus else ["--sentences", args.sentences.name] if args.sentences else []
-    numbers = {"--limit": args.limit, "--seeds": args.seeds, "--voice": args.voice}
-    return " ".join(["ardm-course evaluate", args.name, *said, *(f"{name} {value}" for name, value in numbers.items() if value is not None)])
-
-
 def run_evaluate(args: argparse.Namespace) -> None:
     "ardm-course evaluate"
     import torch
+    from ardm_course.ablations import as_typed
     from ardm_course.audio import resample
     from ardm_course.core import CourseError
     from ardm_course.evaluation import real_time_factor, stop_reasons
-    from ardm_course.report import environment, write_json
+    from ardm_course.report import write_json
     from ardm_course.tts import TTS, story_prompt
     options = {"voice": args.voice, "guidance": args.guidance, "steps": args.steps, "temperature": args.temperature, "threshold": args.threshold}
     tts, (real, origin, voices) = TTS.from_pretrained(args.name, args.vocoder), sentences(args)
@@ -282,9 +276,10 @@ def run_evaluate(args: argparse.Namespace) -> None:
     print_rows(found["rows"])
     print(f"real-time factor {rtf:.2f}; ended by {stop_reasons(speech.stop_reason for speech in speeches)}; real is: {origin or 'not there'}")
     if args.json:
-        write_json(args.json, {"command": as_evaluated(args), "system": args.name, "sentences": str(args.corpus or args.sentences or "unseen.txt"), "real_is": origin, **options,
-                               "rtf": rtf, "stop_reasons": stop_reasons(speech.stop_reason for speech in speeches), **found,
-                               "environment": environment()})
+        typed = as_typed("evaluate", (args.name,), corpus=args.corpus, split=args.corpus and args.split, sentences=args.sentences and args.sentences.name,
+                         limit=args.limit, seeds=args.seeds, voice=args.voice)
+        write_json(args.json, {**typed, "system": args.name, "sentences": str(args.corpus or args.sentences or "unseen.txt"), "real_is": origin, **options,
+                               "rtf": rtf, "stop_reasons": stop_reasons(speech.stop_reason for speech in speeches), **found})
 
 # %% ../nbs/appendix/cli.ipynb #39b0a2b5
 def median(values: Iterable[float]) -> float:

@@ -216,6 +216,7 @@ def test_evaluate_a_corpus(tiny, corpus, judges, tmp_path, capsys):
     assert [row["n"] for row in data["seeds"]] == [3, 3] and [sample["seed"] for sample in data["samples"]] == [0, 0, 0, 1, 1, 1]
     assert 0 < data["rows"]["generated"]["wer_moonshine"] < 1 and data["rows"]["generated"]["wer_whisper"] is None
     assert data["stop_reasons"] == {"stop head": 6} and data["real_is"].startswith("recordings")
+    assert data["command"] == f"ardm-course evaluate {tiny} --corpus {corpus} --split train --limit 3 --seeds 2"
     assert all(sample.reference_wav is not None for sample in judges[-1]) and "real-time factor" in capsys.readouterr().out
 
 
