@@ -467,28 +467,31 @@ def pack(
     weights: dict[str, Tensor],
     bits: int = 8, # of a matrix's numbers, 2 to 8; 16: half precision
 ) -> dict[str, Tensor]:
-    "Matrices as rows of small whole numbers with one scale each, in Huffman's code; everything else in half precision."
+    "Matrices as small whole numbers with a scale per row and per column, in Huffman's code; everything else in half precision."
     stored, largest = {}, 2 ** (bits - 1) - 1
     for name, tensor in weights.items():
         if tensor.ndim < 2 or bits == 16 or not tensor.is_floating_point():
             stored[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
             continue
         rows = tensor.flatten(1)
+        columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
+        rows = rows / columns.float()
         step = (rows.abs().amax(1) / largest).clamp(min=1e-12)
         whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
         huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
         stored[name] = torch.frombuffer(bytearray(huffman.compress(whole.to(torch.uint8).numpy()) + huffman.flush()), dtype=torch.uint8)
-        stored[f"{name}:step"], stored[f"{name}:shape"] = step, torch.tensor([bits, *tensor.shape])
+        stored[f"{name}:step"], stored[f"{name}:columns"], stored[f"{name}:shape"] = step, columns, torch.tensor([bits, *tensor.shape])
     return stored
 
 
 def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     "Undo `pack`."
-    weights = {name: tensor for name, tensor in stored.items() if not name.endswith((":step", ":shape"))}
+    weights = {name: tensor for name, tensor in stored.items() if not name.endswith((":step", ":columns", ":shape"))}
     for name in [name for name in weights if f"{name}:shape" in stored]:
         bits, *shape = stored[f"{name}:shape"].tolist()
         whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (2 ** (bits - 1) - 1)
-        weights[name] = (whole.view(shape[0], -1) * stored[f"{name}:step"][:, None]).view(shape)
+        columns = stored.get(f"{name}:columns", torch.ones(())) # the first releases have none
+        weights[name] = (whole.view(shape[0], -1) * stored[f"{name}:step"][:, None] * columns.float()).view(shape)
     return weights
 
 # %% ../nbs/05b_neural.ipynb #028d308e

@@ -69,7 +69,7 @@ def toy_shape(width: int = 192, layers: int = 4, head_layers: int = 3, **fields)
 def voxcpm_shape(width: int = 256, layers: int = 4, **fields) -> VoxCPMConfig:
     "VoxCPM with a few million parameters, on WaveVAE latents."
     shape = toy_shape(width, layers)
-    return VoxCPMConfig(backbone=shape.backbone, head=replace(shape.head, latent_dim=64, patch=4), **fields)
+    return VoxCPMConfig(backbone=shape.backbone, head=replace(shape.head, latent_dim=128, patch=4), **fields)
 
 # %% ../nbs/21_libritts.ipynb #ee236de5
 def mela_shape(width: int = 256, layers: int = 5, **fields) -> MELAConfig:
@@ -120,7 +120,7 @@ RECIPES = {
                         TrainConfig(steps=18000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
     "voxcpm-toy": Recipe("open+many", voxcpm_shape(256, 5, text=TextConfig("phonemes", 0.9), patch_share=0.25, voice="4001"),
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000, decay_batches=2), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
-    "mela-toy": Recipe("choir", mela_shape(192, 4, text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True),
+    "mela-toy": Recipe("crowd", mela_shape(192, 4, text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True),
     "mela-cosine": Recipe("choir", replace(mela_shape(192, 4), head=replace(toy_shape().head, path="cosine", solver="ddim")), CHOIR, teacher="phones", voices=True),
     "full-toy": Recipe("choir", full_shape(text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True, joined=0.3),
     "cascade-toy": Recipe("phrases", CascadeConfig(), TrainConfig(steps=5000, learning_rate=3e-3, batch_frames=1000), teacher="phones"),

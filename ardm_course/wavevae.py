@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'HELD_OUT', 'PIECES', 'GENTLE', 'CODEC_RECIPES', 'BUILT', 'CODEC_CARD', 'VAEConfig', 'draw_latent', 'Snake',
            'CausalConvTranspose1d', 'Residual', 'Resize', 'WaveVAE', 'stacked', 'name_latents', 'rebuild', 'VAEStream',
-           'reconstruct', 'begin_linear', 'CodecRecipe', 'fresh_wavevae', 'codec_recipe', 'built_corpus',
+           'reconstruct', 'hearing', 'begin_linear', 'CodecRecipe', 'fresh_wavevae', 'codec_recipe', 'built_corpus',
            'codec_corpora', 'some_sounds', 'train_codec', 'begin_trained', 'plain', 'load_codec_model', 'codec_reached',
            'fit_forgiveness', 'measured', 'load_codec', 'release_codec']
 
@@ -38,7 +38,7 @@ class VAEConfig:
     vocoder: VocoderConfig | None = field(default_factory=VocoderConfig) # outer layers: its mel frames in, its sound out; None: samples in and out
     encoder: tuple[int, ...] = (192, 256) # channels before and after each step down
     down: tuple[int, ...] = (2,) # strides
-    dim: int = 64 # numbers per latent
+    dim: int = 128 # numbers per latent
     decoder: tuple[int, ...] = (256, 224) # channels before and after each step up
     up: tuple[int, ...] = (2,) # strides
     noise: str = "learned" # a deviation per latent (VAE), or "drawn": one per sound at random (sigma-VAE)
@@ -222,22 +222,31 @@ def reconstruct(
     rebuilt = rebuild(vae, raw.transpose(1, 2))
     if vae.voice is None: return rebuilt[:, 0], {"kl": divergence}
     fake, logits = vae.voice.draw(rebuilt.transpose(1, 2), known)
-    losses = {"kl": divergence, "outline": (rebuilt - outline).abs().mean()}
+    losses = {"kl": divergence, "outline": (hearing(vae)[:, None] * (rebuilt - outline)).abs().mean()}
     return fake, losses | ({} if f0 is None else {"pitch": source_loss(logits, f0)})
 
 # %% ../nbs/06_wavevae.ipynb #959c99d5
+def hearing(
+    vae: WaveVAE, # with a vocoder
+) -> Tensor: # [mels]
+    "How much an error counts in each band: ears and recognisers resolve little above 8 kHz."
+    bank = vae.voice.analysis.bank # [mels, bins]
+    return torch.where(bank @ torch.linspace(0, vae.sample_rate / 2, bank.shape[1]).to(bank) > 8000 * bank.sum(1), 0.2, 1.0)
+
+
 @torch.no_grad()
 def begin_linear(
     vae: WaveVAE, # with a vocoder; changed in place
     sounds: Iterable[Tensor], # [T] samples each, to learn the directions from
 ) -> WaveVAE:
-    "Start as the best linear codec of these sounds' mel frames: principal directions, and convolutions that add nothing yet."
+    "Start as the best linear codec of these sounds' mel frames, as they are heard: principal directions, and convolutions that add nothing yet."
     rows = torch.cat([stacked(vae, vae.outline(wav[None]))[0] for wav in sounds])
-    middle, (_, values, directions) = rows.mean(0), torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    heard, middle = hearing(vae).repeat(rows.shape[1] // vae.config.vocoder.mel.mels), rows.mean(0)
+    _, values, directions = torch.linalg.svd((rows - middle) * heard, full_matrices=False)
     scale, directions = values[: vae.dim] / math.sqrt(len(rows)), directions[: vae.dim] # deviation along each direction
-    vae.squeeze.weight.copy_(directions / scale[:, None])
+    vae.squeeze.weight.copy_(directions * heard / scale[:, None])
     vae.squeeze.bias.copy_(-vae.squeeze.weight @ middle)
-    vae.spread.weight.copy_(directions.T * scale)
+    vae.spread.weight.copy_((directions / heard).T * scale)
     vae.spread.bias.copy_(middle)
     for layer in (vae.mu, vae.logvar, vae.leave):
         layer.parametrizations.weight.original0.zero_() # the length that weight normalisation gives every filter
@@ -260,7 +269,7 @@ class CodecRecipe:
 
 PIECES = TrainConfig(steps=2400, batch_frames=16 * 128, learning_rate=1.2e-3, schedule="cosine", betas=(0.8, 0.99), clip=100.0,
                      validate_every=250, checkpoint_every=250) # 16 pieces of 0.64 s
-GENTLE = replace(PIECES, steps=1500, learning_rate=6e-4) # for what begins with a trained vocoder
+GENTLE = replace(PIECES, steps=1000, learning_rate=6e-4) # for what begins with a trained vocoder
 
 
 def fresh_wavevae(noise: str = "learned") -> WaveVAE: # as in VAEConfig
@@ -272,8 +281,8 @@ def fresh_wavevae(noise: str = "learned") -> WaveVAE: # as in VAEConfig
 
 CODEC_RECIPES = {
     "vocoder": CodecRecipe(NeuralVocoder, 120, PIECES, AdversaryConfig(begin=500)),
-    "wavevae": CodecRecipe(fresh_wavevae, 120, GENTLE, AdversaryConfig(begin=150, kl=1e-2)),
-    "sigma-vae": CodecRecipe(lambda: fresh_wavevae("drawn"), 120, GENTLE, AdversaryConfig(begin=150, kl=1e-2)),
+    "wavevae": CodecRecipe(fresh_wavevae, 120, GENTLE, AdversaryConfig(begin=150, kl=3e-3)),
+    "sigma-vae": CodecRecipe(lambda: fresh_wavevae("drawn"), 120, GENTLE, AdversaryConfig(begin=150, kl=3e-3)),
 }
 
 
@@ -285,7 +294,7 @@ def codec_recipe(
     raise CourseError(f"There is no codec recipe {name!r}. Recipes: {', '.join(CODEC_RECIPES)}.")
 
 # %% ../nbs/06_wavevae.ipynb #6e428d85
-BUILT = {"open": "open", "voices": "voices", "many": "voices --hours 3", "choir": "choir"} # name of a built corpus: what `ardm-course data build` is told
+BUILT = {"open": "open", "voices": "voices", "many": "voices --hours 3", "choir": "choir", "crowd": "choir --hours 12"} # name of a built corpus: what `ardm-course data build` is told
 
 
 def built_corpus(

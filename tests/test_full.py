@@ -252,7 +252,7 @@ def test_it_trains_saves_speaks_and_streams(name, tmp_path):
 @pytest.fixture(scope="module")
 def tts():
     mela.SPEAKER_ENCODERS["ear"] = ear
-    head = replace(HEAD, latent_dim=64, patch=4)
+    head = replace(HEAD, latent_dim=128, patch=4)
     return TTS(make(replace(WHOLE, head=head, codec={"checkpoint": "wavevae", "sha256": digest_of(find_checkpoint("wavevae"))})))
 
 
@@ -275,7 +275,7 @@ def test_streamed_equals_offline_of_the_same_layout(tts, prompt):
 
 def test_a_recording_without_its_text_is_a_voice(tts):
     given = begin_with(tts, prompt=Prompt(tone(), 24000, ""))
-    assert given.speaker.shape == (24,) and given.text == "" and given.patches.shape == (0, 4, 64)
+    assert given.speaker.shape == (24,) and given.text == "" and given.patches.shape == (0, 4, 128)
 
 
 def test_a_recording_with_its_text_is_gone_on_from_in_its_voice(tts):

@@ -170,7 +170,7 @@ def test_checkpoints_of_before_name_no_system(folder):
 
 def test_latents_of_a_codec_that_was_trained_again():
     digest = digest_of(find_checkpoint("wavevae"))
-    assert codec_of({"checkpoint": "wavevae", "sha256": digest}).dim == 64
+    assert codec_of({"checkpoint": "wavevae", "sha256": digest}).dim == 128
     with pytest.raises(CourseError, match="trained again"): codec_of({"checkpoint": "wavevae", "sha256": "0" * 64})
     with pytest.raises(CourseError, match="its own vocoder"): codec_of({"checkpoint": "wavevae", "sha256": digest}, "griffin-lim")
 

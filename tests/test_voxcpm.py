@@ -23,7 +23,7 @@ VARIANTS = STRUCTURES | {"no grid": {"grid": 0}, "time in a token": {"time_token
 
 
 def shape(**fields):
-    small = dict(backbone=TransformerConfig(32, 1, 2, 2, 64), head=HeadConfig(latent_dim=64, patch=4, width=32, layers=1, heads=2, hidden=64),
+    small = dict(backbone=TransformerConfig(32, 1, 2, 2, 64), head=HeadConfig(latent_dim=128, patch=4, width=32, layers=1, heads=2, hidden=64),
                  encoder=TransformerConfig(32, 1, 2, 2, 64, causal=False), grid=8, residual_layers=1, tokens_per_patch=2.0)
     return VoxCPMConfig(**small | fields)
 
@@ -36,7 +36,7 @@ def make(config=None):
     return model.eval()
 
 
-def speech(tokens=6, patches=7, seed=0, dim=64, patch=4):
+def speech(tokens=6, patches=7, seed=0, dim=128, patch=4):
     g = torch.Generator().manual_seed(seed)
     return Utterance(torch.randint(2, 60, (tokens,), generator=g), torch.randn(patches, patch, dim, generator=g))
 
@@ -166,9 +166,9 @@ def test_the_flat_layer_adds_what_one_matrix_says_of_the_whole_patch():
 
 def test_time_in_a_token():
     model = make(shape(time_token=True))
-    state, history = torch.randn(2, 64), torch.randn(2, 4, 64)
+    state, history = torch.randn(2, 64), torch.randn(2, 4, 128)
     drawn = [model.head.sample(state, history, steps=2, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
-    assert torch.equal(*drawn) and drawn[0].shape == (2, 4, 64) and not any("modulation" in name for name, _ in model.head.named_parameters())
+    assert torch.equal(*drawn) and drawn[0].shape == (2, 4, 128) and not any("modulation" in name for name, _ in model.head.named_parameters())
     a, b = (model.head.net.modulations(torch.tensor([t, t]), torch.zeros(2, 32))[0] for t in (0.1, 0.9))
     assert a.shape == (2, 1, 32) and not torch.allclose(a, b)
 
@@ -220,10 +220,10 @@ def test_version_2_reads_plan_residual_and_time_apart():
     model = make(shape(time_token=True, apart=True))
     seen, net = [], model.head.net
     net.net.register_forward_hook(lambda part, inputs, out: seen.append(inputs[0]))
-    states, history, t = torch.randn(2, 96), torch.randn(2, 4, 64), torch.tensor([0.3, 0.3])
+    states, history, t = torch.randn(2, 96), torch.randn(2, 4, 128), torch.tensor([0.3, 0.3])
     with torch.no_grad():
         token = model.head.token(states)
-        net(torch.randn(2, 4, 64), net.modulations(t, token), token, net.past(history))
+        net(torch.randn(2, 4, 128), net.modulations(t, token), token, net.past(history))
         plan, residual, time = seen[0][:, :3].unbind(1)
         torch.testing.assert_close(plan, net.cond.plan(states[:, :32]), atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(residual, net.cond.residual(states[:, 32:64]), atol=1e-6, rtol=1e-5)
@@ -301,7 +301,7 @@ def test_silence_stands_before_a_prompt(tts, samples):
     wav = tone(2.0)[:samples]
     patches = encode_prompt(tts, Prompt(wav, 24000, "Hello."))
     missing = -samples % 3840
-    assert patches.shape == ((samples + missing) // 3840, 4, 64)
+    assert patches.shape == ((samples + missing) // 3840, 4, 128)
     with torch.no_grad(): torch.testing.assert_close(patches.flatten(0, 1), tts.codec.encode(torch.cat([torch.zeros(missing), wav])[None])[0])
 
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sklearn.decomposition import PCA
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from ardm_course.audio import LogMel, MelConfig
 from ardm_course.neural import CausalConv1d, VocoderConfig, write_released
 from ardm_course.vocoder import Codec, MelCodec
 from ardm_course.wavevae import (CODEC_RECIPES, HELD_OUT, SHAPES, CausalConvTranspose1d, Residual, Resize, Snake, VAEConfig, WaveVAE, begin_linear, codec_recipe,
-                                 draw_latent, fit_forgiveness, load_codec, load_codec_model, measured, name_latents, plain, rebuild, reconstruct)
+                                 draw_latent, fit_forgiveness, hearing, load_codec, load_codec_model, measured, name_latents, plain, rebuild, reconstruct)
 
 VOICE = VocoderConfig(MelConfig(16000, 640, 160, 20, 0.0, 8000.0), 16, 1, 2, 16, 1)
 SMALL = VAEConfig(16000, VOICE, (16, 24), (2,), 6, (24, 20), (2,)) # speaks with a vocoder
@@ -208,7 +209,6 @@ def test_statistics_normalise_and_decode_undoes_them():
 
 @torch.no_grad()
 def test_it_begins_as_the_best_linear_codec():
-    from sklearn.decomposition import PCA
     sounds = [noise(1600 * k, seed=k) * torch.linspace(0, 1, 1600 * k) for k in (2, 3, 5)]
     vae = begin_linear(made(SMALL), sounds)
     rows = torch.cat([LogMel(VOICE.mel)(wav).reshape(-1, 40) for wav in sounds])
@@ -218,6 +218,19 @@ def test_it_begins_as_the_best_linear_codec():
     assert torch.allclose(found, wanted, atol=1e-3)
     means = torch.cat([name_latents(vae, vae.outline(wav[None]))[0][0].T for wav in sounds])
     assert torch.allclose(means.std(0, correction=0), torch.ones(6), atol=1e-3) and means.mean(0).abs().max() < 1e-3
+
+
+def test_a_linear_beginning_hears_less_above_8_khz():
+    vae = made(replace(SMALL, sample_rate=24000, vocoder=replace(VOICE, mel=MelConfig(24000, 960, 240, 20, 0.0, 12000.0))))
+    heard, sounds = hearing(vae), [noise(48000, seed=seed) for seed in range(3)]
+    assert heard[0] == 1 and heard[-1] < 1 and (heard.diff() <= 0).all() and torch.equal(hearing(made(SMALL)), torch.ones(20)), "16 kHz have nothing above 8"
+    begin_linear(vae, sounds)
+    weights = heard.repeat(2).double().numpy()
+    rows = torch.cat([LogMel(vae.config.vocoder.mel)(wav).reshape(-1, 40) for wav in sounds]).double().numpy()
+    peer = PCA(6, svd_solver="full").fit(rows * weights)
+    wanted = torch.from_numpy(peer.inverse_transform(peer.transform(rows * weights)) / weights).float()
+    found = torch.cat([rebuild(vae, name_latents(vae, vae.outline(wav[None]))[0].transpose(1, 2))[0].T.reshape(-1, 40) for wav in sounds])
+    assert torch.allclose(found, wanted, atol=1e-3)
 
 
 def test_a_linear_beginning_can_learn():
