@@ -40,7 +40,7 @@ from .transformer import TransformerConfig
 from .tts import TTS, Speech, codec_of, load_model, save_model
 from .vocoder import Codec, MelCodec, MelCodecConfig
 from .voxcpm import VoxCPMConfig
-from .wavevae import BUILT, built_corpus, load_codec
+from .wavevae import BUILT, VAEConfig, built_corpus, load_codec
 
 # %% ../nbs/21_libritts.ipynb #40f58a7d
 @dataclass
@@ -69,7 +69,7 @@ def toy_shape(width: int = 192, layers: int = 4, head_layers: int = 3, **fields)
 def voxcpm_shape(width: int = 256, layers: int = 4, **fields) -> VoxCPMConfig:
     "VoxCPM with a few million parameters, on WaveVAE latents."
     shape = toy_shape(width, layers)
-    return VoxCPMConfig(backbone=shape.backbone, head=replace(shape.head, latent_dim=128, patch=4), **fields)
+    return VoxCPMConfig(backbone=shape.backbone, head=replace(shape.head, latent_dim=VAEConfig.dim, patch=4), **fields)
 
 # %% ../nbs/21_libritts.ipynb #ee236de5
 def mela_shape(width: int = 256, layers: int = 5, **fields) -> MELAConfig:
