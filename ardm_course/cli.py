@@ -772,7 +772,7 @@ def add_model(commands) -> None:
     train.add_argument("name", help="recipe: toy, toy-unaligned, ditar-toy or small; or a codec: vocoder, wavevae or sigma-vae")
     train.add_argument("--out", type=Path, help="folder for log, checkpoints and model (default: runs/train-NAME)")
     train.add_argument("--corpus", help="another copy of the corpus: a folder, or a hub id")
-    train.add_argument("--start", help="a checkpoint to go on from: its weights instead of random ones, where name and shape are the recipe's")
+    train.add_argument("--start", help="a checkpoint to go on from: its weights instead of random ones, where name and shape are the recipe's; several with a + between, the first that fits counts")
     train.add_argument("--seed", type=int, help="default: the recipe's")
     training_options(train)
     speak = command(commands, "speak", run_speak, "Speak a text into a sound file.",

@@ -118,7 +118,7 @@ RECIPES = {
     "toy-falling": Recipe("phrases", toy_shape(alignment_end=0.7), PHRASES),  # at 0 when the learning rate begins to fall
     "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), input_noise=0.3, history_noise=0.3),
                         TrainConfig(steps=18000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
-    "voxcpm-toy": Recipe("open+many", voxcpm_shape(192, 4, text=TextConfig("phonemes", 0.9), patch_share=0.25, input_noise=0.3, history_noise=0.3, voice="4001"),
+    "voxcpm-toy": Recipe("open+many", replace(voxcpm_shape(256, 5, residual_layers=1, text=TextConfig("phonemes", 0.9), patch_share=0.25, input_noise=0.3, history_noise=0.3, voice="4001"), head=voxcpm_shape(192, 3).head),  # a language model as large as ditar-toy's, to start from it
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000, decay_batches=2), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
     "mela-toy": Recipe("crowd", mela_shape(192, 4, text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True),
     "mela-cosine": Recipe("choir", replace(mela_shape(192, 4), head=replace(toy_shape().head, path="cosine", solver="ddim")), CHOIR, teacher="phones", voices=True),
@@ -370,30 +370,30 @@ def listening(
 # %% ../nbs/21_libritts.ipynb #0943ecca
 def continued(
     chosen: Recipe,
-    start: str | Path,  # a checkpoint
+    start: str | Path,  # a checkpoint; of several with a + between the first
 ) -> ARDMConfig:
     "A recipe's config with what a checkpoint's weights rely on: voices, rotary positions and, where both have the same codec, its latents."
-    old = load_model(find_checkpoint(start)).config
+    old = load_model(find_checkpoint(str(start).split("+")[0])).config
     return replace(chosen.model, codec=old.codec if old.codec.get("checkpoint", "mel") == chosen.codec else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch)
 
 
 def start_from(
     model: ARDM,  # filled in place
-    start: str | Path,  # a checkpoint, perhaps of another system
+    start: str | Path,  # a checkpoint, perhaps of another system; several with a + between: the first that has a weight in this shape gives it
 ) -> list[str]:  # what stays new
     "Copy every weight of a checkpoint that the model has in the same shape. Raises CourseError if its language model is none of them."
-    old, own = load_model(find_checkpoint(start)).state_dict(), model.state_dict()
-    fitting = {name: weight for name, weight in old.items() if name in own and own[name].shape == weight.shape}
-    if not all(name in fitting for name in own if name.startswith("backbone.")):
+    own = model.state_dict()
+    given = {name: weight for part in reversed(str(start).split("+")) for name, weight in load_model(find_checkpoint(part)).state_dict().items() if name in own and own[name].shape == weight.shape}
+    if any(name.startswith("backbone.") for name in own.keys() - given):
         raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
-    model.load_state_dict({**own, **fitting})
-    return sorted(own.keys() - fitting)
+    model.load_state_dict(own | given)
+    return sorted(own.keys() - given)
 
 
 def make_model(
     data: Prepared,
     seed: int,
-    start: str | Path | None = None,  # a checkpoint to go on from
+    start: str | Path | None = None,  # as in `start_from`
 ) -> ARDM:
     "The model to train; an ARDM gets a new time alignment module if there is a teacher."
     seed_everything(seed)
@@ -408,7 +408,7 @@ def train(
     folder: str | Path,  # for log, checkpoints and result; a run that was interrupted goes on
     corpus: str | Path | None = None,  # another copy of the corpus
     data: Prepared | None = None,  # what `prepare` made; None: make it
-    start: str | Path | None = None,  # go on from a checkpoint: its weights, voices and positions, and its latents if the codec is the same
+    start: str | Path | None = None,  # go on from a checkpoint: its weights, voices and positions, and its latents if the codec is the same; several as in `start_from`
     listen: int = 0,  # speak so many held-out sentences at every validation, for a curve of word errors
     **changes,  # fields of the TrainConfig to change, such as steps=100
 ) -> tuple[TTS, list[dict]]:  # the trained model with averaged weights, also saved in folder/model; and the log
@@ -537,7 +537,7 @@ def release(
     history, chosen = read_log(folder / "log.jsonl"), recipe(name)
     model, last = load_model(folder / "model"), [row for row in history if "valid_flow" in row][-1]
     summary = training_summary(history, codec_of(model.config.codec).frame_rate)
-    save_model(model, target, bits=6)
+    save_model(model, target, bits=5)
     card = CARD.format(name=name, steps=summary["steps"], hours=summary["train_s"] / 3600, device=pick_device(), seed=chosen.training.seed,
                        corpus=" and ".join(f"`ardm-course data build {BUILT.get(part, part)}`" for part in chosen.corpus.split("+")),
                        latents="mel frames, the released vocoder" if chosen.codec == "mel" else f"latents of the released codec `{chosen.codec}`",

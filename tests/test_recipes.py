@@ -15,7 +15,7 @@ from ardm_course.core import CourseError
 from ardm_course.corpus import decode, load_corpus
 from ardm_course.recipes import RECIPES, continued, corpus_sources, held_out, needs, prepare, recipe, speak_row, start_from, toy_shape, train
 from ardm_course.training import read_log
-from ardm_course.tts import TTS, save_model
+from ardm_course.tts import TTS, load_model, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +139,20 @@ def test_another_system_takes_what_fits(tmp_path):
     assert new and all(torch.equal(now[name], fresh[name]) for name in new) and any(name.startswith("speaker") for name in new)
     taken = set(now) - set(new)
     assert {"text.weight"} | {name for name in now if name.startswith("backbone.")} <= taken and all(torch.allclose(now[name], plain.state_dict()[name], atol=1e-2) for name in taken)
+
+
+def test_two_checkpoints_give_what_each_has(tmp_path):
+    "The first that has a weight in the model's shape gives it; the second fills what the first left."
+    torch.manual_seed(0)
+    speaker, painter = toy_shape(48, 1, 1), toy_shape(96, 1, 1)
+    save_model(speaker.build(), tmp_path / "speaker")
+    save_model(painter.build(), tmp_path / "painter")
+    model = replace(speaker, head=replace(painter.head, cond_dim=48)).build()
+    new, now = start_from(model, f"{tmp_path / 'speaker'}+{tmp_path / 'painter'}"), model.state_dict()
+    first, second = (load_model(tmp_path / name).state_dict() for name in ("speaker", "painter"))
+    assert torch.equal(now["text.weight"], first["text.weight"]) and new == ["head.net.cond.weight"]
+    assert torch.equal(now["head.net.blocks.0.attention.qkv.weight"], second["head.net.blocks.0.attention.qkv.weight"])
+    with pytest.raises(CourseError, match="another shape"): start_from(replace(painter, backbone=replace(painter.backbone, layers=2)).build(), tmp_path / "speaker")
 
 
 def test_what_a_training_needs():
