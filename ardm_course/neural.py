@@ -476,11 +476,10 @@ def pack(
         if tensor.ndim < 2 or bits == 16 or not tensor.is_floating_point():
             stored[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
             continue
-        own = bits if tensor.numel() > SMALL else 8
-        rows, largest = tensor.flatten(1), 2 ** (own - 1) - 1
+        rows, own = tensor.flatten(1), bits if tensor.numel() > SMALL else 8
         columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
         rows = rows / columns.float()
-        step = (rows.abs().amax(1) / largest).clamp(min=1e-12)
+        step = (rows.abs().amax(1) / (largest := 2 ** (own - 1) - 1)).clamp(min=1e-12)
         whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
         huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
         stored[name] = torch.frombuffer(bytearray(huffman.compress(whole.to(torch.uint8).numpy()) + huffman.flush()), dtype=torch.uint8)
