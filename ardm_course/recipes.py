@@ -90,7 +90,7 @@ STRUCTURES = { # VoxCPM's ablations (slide 23, and the paper's tables): what cha
     "3": {"grid": 0, "residual_layers": 0, "backbone": toy_shape(192, 5).backbone},  # the same with as many layers as 1 has
     "4": {"residual_hears": False},
     "5": {"residual_layers": 0},  # nothing behind the grid
-    **{f"d{width}": {"grid": width} for width in (4, 16, 256)},  # 1 has 64
+    **{f"d{width}": {"grid": width} for width in (0, 4, 16, 256)},  # numbers on the grid; 1 has 64
     "alone": {"head": replace(voxcpm_shape(192, 3).head, history=False)},  # the head does not see the previous patch
 }
 SCHEDULES = {"cosine": {"schedule": "cosine"}, "doubled": {"decay_batches": 2}}  # 1 holds its rate, then lets it fall
