@@ -435,6 +435,9 @@ class VocoderStream:
         self.vocoder.enter(channels / 4, self.memory)
 
 # %% ../nbs/05b_neural.ipynb #b6eb2c13
+SMALL = 60_000 # numbers of a matrix that always gets 8 bits: such stand where latents and times go in and out, and weigh little
+
+
 def digest_of(folder: Path) -> str: return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() # of a checkpoint's weights
 
 
@@ -463,9 +466,6 @@ def config_from_dict(
                    for name, value in values.items()})
 
 # %% ../nbs/05b_neural.ipynb #58510cb6
-SMALL = 60_000 # numbers of a matrix that always gets 8 bits: such stand where latents and times go in and out, and weigh little
-
-
 def pack(
     weights: dict[str, Tensor],
     bits: int = 8, # of a large matrix's numbers, 2 to 8; 16: half precision
@@ -476,10 +476,11 @@ def pack(
         if tensor.ndim < 2 or bits == 16 or not tensor.is_floating_point():
             stored[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
             continue
-        rows, own = tensor.flatten(1), bits if tensor.numel() > SMALL else 8
+        own = bits if tensor.numel() > SMALL else 8
+        rows, largest = tensor.flatten(1), 2 ** (own - 1) - 1
         columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
         rows = rows / columns.float()
-        step = (rows.abs().amax(1) / (largest := 2 ** (own - 1) - 1)).clamp(min=1e-12)
+        step = (rows.abs().amax(1) / largest).clamp(min=1e-12)
         whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
         huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
         stored[name] = torch.frombuffer(bytearray(huffman.compress(whole.to(torch.uint8).numpy()) + huffman.flush()), dtype=torch.uint8)

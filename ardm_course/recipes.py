@@ -7,8 +7,9 @@ __all__ = ['STRUCTURES', 'SCHEDULES', 'ALIGNMENTS', 'PHRASES', 'CHOIR', 'ROWS', 
            'Recipe', 'toy_shape', 'voxcpm_shape', 'mela_shape', 'full_shape', 'recipe', 'corpus_sources', 'open_split',
            'first_rows', 'some_speech', 'states_teacher', 'train_recogniser', 'phone_teacher', 'phones_of',
            'find_teacher', 'make_codec', 'Prepared', 'prepare', 'latents_key', 'measured_rate', 'flow_at', 'validation',
-           'held_out', 'own_voice', 'listening', 'continued', 'start_from', 'make_model', 'train', 'training_summary',
-           'Spoken', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached', 'release', 'Needs', 'needs']
+           'held_out', 'own_voice', 'listening', 'starts', 'continued', 'start_from', 'make_model', 'train',
+           'training_summary', 'Spoken', 'speak_row', 'judge', 'judge_spoken', 'speak_released', 'reached', 'release',
+           'Needs', 'needs']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
 import json
@@ -367,13 +368,20 @@ def listening(
         return {"wer": error_rates(texts, judge.many([s.wav for s in spoken], tts.codec.sample_rate))["wer"]}
     return validate
 
+
+def starts(
+    start: str | Path,  # a checkpoint, or several with a + between
+) -> list[str]:
+    "The checkpoints one by one; a folder may have a + in its name."
+    return [str(start)] if Path(start).exists() else str(start).split("+")
+
 # %% ../nbs/21_libritts.ipynb #0943ecca
 def continued(
     chosen: Recipe,
     start: str | Path,  # a checkpoint; of several with a + between the first
 ) -> ARDMConfig:
     "A recipe's config with what a checkpoint's weights rely on: voices, rotary positions and, where both have the same codec, its latents."
-    old = load_model(find_checkpoint(str(start).split("+")[0])).config
+    old = load_model(find_checkpoint(starts(start)[0])).config
     return replace(chosen.model, codec=old.codec if old.codec.get("checkpoint", "mel") == chosen.codec else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch)
 
 
@@ -383,7 +391,7 @@ def start_from(
 ) -> list[str]:  # what stays new
     "Copy every weight of a checkpoint that the model has in the same shape. Raises CourseError if its language model is none of them."
     own = model.state_dict()
-    given = {name: weight for part in reversed(str(start).split("+")) for name, weight in load_model(find_checkpoint(part)).state_dict().items() if name in own and own[name].shape == weight.shape}
+    given = {name: weight for part in reversed(starts(start)) for name, weight in load_model(find_checkpoint(part)).state_dict().items() if name in own and own[name].shape == weight.shape}
     if any(name.startswith("backbone.") for name in own.keys() - given):
         raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
     model.load_state_dict(own | given)

@@ -152,6 +152,8 @@ def test_two_checkpoints_give_what_each_has(tmp_path):
     first, second = (load_model(tmp_path / name).state_dict() for name in ("speaker", "painter"))
     assert torch.equal(now["text.weight"], first["text.weight"]) and new == ["head.net.cond.weight"]
     assert torch.equal(now["head.net.blocks.0.attention.qkv.weight"], second["head.net.blocks.0.attention.qkv.weight"])
+    save_model(speaker.build(), tmp_path / "a+b")
+    assert start_from(speaker.build(), tmp_path / "a+b") == [], "a folder with a + in its name is one checkpoint"
     with pytest.raises(CourseError, match="another shape"): start_from(replace(painter, backbone=replace(painter.backbone, layers=2)).build(), tmp_path / "speaker")
 
 
