@@ -197,12 +197,13 @@ def manner(
     real: dict, # text -> recording
     voices: dict[str, str], # text -> who speaks
 ) -> dict: # options of tts
-    "In whose voice: the recording's own, if the checkpoint knows it; a system that hears voices listens to another recording of a stranger."
+    "In whose voice: the recording's own, if the checkpoint knows it; of a stranger, a system that clones hears another recording."
     from ardm_course.tts import Prompt
     speaker = voices.get(text)
     if speaker in tts.model.config.speakers: return {"voice": speaker}
     others = [other for other in voices if voices[other] == speaker and other != text]
-    return {"prompt": Prompt(real[others[0]], 24000, "")} if tts.model.clones and others else {}
+    if not others or not (tts.model.clones or tts.model.config.voice): return {}
+    return {"prompt": Prompt(real[others[0]], 24000, "" if tts.model.clones else others[0])} # who goes on from a recording needs its words
 
 # %% ../nbs/appendix/cli.ipynb #33d94e0c
 def spoken(tts, texts: dict[str, dict], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
@@ -267,7 +268,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     tts, (real, origin, voices) = TTS.from_pretrained(args.name, args.vocoder), sentences(args)
     if not real:
         raise CourseError("There is no sentence to speak. Give a file with one sentence a line.")
-    prompted = tts.model.config.voice and (args.voice or tts.model.config.voice)
+    prompted = tts.model.config.voice and (args.voice or ("" if voices else tts.model.config.voice))
     like = resample(story_prompt(prompted).wav, 24000, tts.codec.sample_rate) if prompted else None
     speeches = spoken(tts, {text: {} if args.voice else manner(tts, text, real, voices) for text in real}, args.seeds, **options)
     with torch.no_grad():

@@ -14,7 +14,7 @@ import torch
 from ardm_course import ablations, cli, recipes
 from ardm_course.ardm import ARDM, ARDMConfig, generate
 from ardm_course.audio import load_audio
-from ardm_course.corpus import load_corpus
+from ardm_course.corpus import decode, load_corpus
 from ardm_course.data_build import write_rows
 from ardm_course.locdit import HeadConfig
 from ardm_course.report import KINDS, row_problems
@@ -218,6 +218,23 @@ def test_evaluate_a_corpus(tiny, corpus, judges, tmp_path, capsys):
     assert data["stop_reasons"] == {"stop head": 6} and data["real_is"].startswith("recordings")
     assert data["command"] == f"ardm-course evaluate {tiny} --corpus {corpus} --split train --limit 3 --seeds 2"
     assert all(sample.reference_wav is not None for sample in judges[-1]) and "real-time factor" in capsys.readouterr().out
+
+
+def test_who_goes_on_from_a_recording_hears_another_of_the_same_voice(tmp_path, corpus, judges):
+    pytest.importorskip("jiwer")
+    model = ARDM(replace(TINY, codec=MelCodec().to_dict(), voice="4001"))
+    torch.nn.init.constant_(model.stop[-1].bias, 5.0)
+    TTS(model).save_pretrained(tmp_path / "goes-on")
+    real, voices = {"One.": torch.zeros(1), "Two.": torch.ones(2), "Three.": torch.ones(3)}, {"One.": "a", "Two.": "b", "Three.": "a"}
+    tts = TTS.from_pretrained(tmp_path / "goes-on")
+    prompts = [cli.manner(tts, text, real, voices).get("prompt") for text in real]
+    assert [prompt and (prompt.text, len(prompt.wav)) for prompt in prompts] == [("Three.", 3), None, ("One.", 1)]
+    spoken = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TTS, "__call__", lambda self, text, call=TTS.__call__, **options: spoken.append((text, options["prompt"].text)) or call(self, text, **options))
+        assert cli.main(["evaluate", str(tmp_path / "goes-on"), "--corpus", corpus, "--split", "train", "--limit", "3", "--seeds", "1", "--steps", "2"]) == 0
+    assert len(spoken) == 3 and all(text != before for text, before in spoken)
+    assert [len(sample.reference_wav) for sample in judges[-1]] == [len(decode(row)) for row in load_corpus(corpus, "train").select(range(3))] # judged against the voice that was to speak
 
 
 def test_evaluate_sentences_without_a_synthesiser(tiny, judges, tmp_path, monkeypatch):
