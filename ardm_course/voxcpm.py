@@ -60,8 +60,9 @@ class LocEnc(nn.Module):
         self.flat = nn.Linear(patch * latent_dim, width, bias=False) if patch else None
 
     def forward(self, patches: Tensor) -> Tensor:  # [S, P, D] -> [S, H]
-        tokens = torch.cat([self.reader.expand(len(patches), 1, -1), self.frames(patches)], 1)  # [S, 1 + P, W]
-        said = self.out(self.net(tokens)[:, 0])
+        tokens = torch.cat([self.frames(patches), self.reader.expand(len(patches), 1, -1)], 1)  # [S, P + 1, W]
+        places = torch.arange(1, tokens.shape[1] + 1, device=tokens.device) % tokens.shape[1]  # the reader has place 0; last, because the last block keeps only what stands there
+        said = self.out(self.net(tokens, places, keep=1)[:, 0])
         return said if self.flat is None else said + self.flat(patches.flatten(1))
 
 # %% ../nbs/14_voxcpm.ipynb #8ccdb3dc

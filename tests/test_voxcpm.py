@@ -155,6 +155,14 @@ def test_locenc_knows_order_and_keeps_patches_apart():
         assert encoder(patches[:0]).shape == (0, 32)
 
 
+def test_locenc_is_a_transformer_over_reader_and_frames_in_this_order():
+    torch.manual_seed(0)
+    encoder, patches = LocEnc(shape().encoder, 64, 32), torch.randn(5, 4, 64)
+    with torch.no_grad():
+        tokens = torch.cat([encoder.reader.expand(5, 1, -1), encoder.frames(patches)], 1)
+        torch.testing.assert_close(encoder(patches), encoder.out(encoder.net(tokens)[:, 0]), atol=1e-5, rtol=1e-4)
+
+
 def test_the_flat_layer_adds_what_one_matrix_says_of_the_whole_patch():
     torch.manual_seed(0)
     both, patches = LocEnc(shape().encoder, 64, 32, 4), torch.randn(5, 4, 64)
