@@ -253,7 +253,7 @@ def speed_up(
     return statistics.median(factors), min(factors), max(factors)
 
 # %% ../nbs/21b_ablations.ipynb #3ea30e66
-SYSTEMS = ("ditar-toy", "cascade-toy", "voxcpm-1", "mela-toy", "full-toy") # released checkpoints that speak the closed language
+SYSTEMS = ("ditar-toy", "cascade-toy", "voxcpm-toy", "mela-toy", "full-toy") # released checkpoints that speak the closed language
 
 
 def operations(

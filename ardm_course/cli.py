@@ -843,7 +843,7 @@ def add_compare(commands) -> None:
     recipes.add_argument("--listen", type=at_least(int, 0), default=0, help="also speak so many sentences at every validation, for a curve of word errors (default: %(default)s)")
     training_options(recipes)
     option = command(kinds, "option", run_compare_option, "One checkpoint says unseen sentences at several values of an option of the sampler.",
-                     "compare option voxcpm-1 guidance 1 1.5 2 3 5 --json guidance.json\ncompare option ditar-toy temperature 0 0.5 1")
+                     "compare option voxcpm-toy guidance 1 1.5 2 3 5 --json guidance.json\ncompare option ditar-toy temperature 0 0.5 1")
     option.add_argument("name", help="checkpoint: released name, folder, or hub id")
     option.add_argument("option", choices=("guidance", "temperature", "threshold", "steps"))
     option.add_argument("values", nargs="+", type=lambda text: int(text) if text.isdigit() else float(text))

@@ -469,6 +469,7 @@ def config_from_dict(
 def pack(
     weights: dict[str, Tensor],
     bits: int = 8, # of a large matrix's numbers, 2 to 8; 16: half precision
+    head: int = 0, # the same in the head of a system, which draws and forgives least; 0: as bits
 ) -> dict[str, Tensor]:
     "Matrices as small whole numbers with a scale per row and per column, in Huffman's code; everything else in half precision."
     stored = {}
@@ -476,11 +477,10 @@ def pack(
         if tensor.ndim < 2 or bits == 16 or not tensor.is_floating_point():
             stored[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
             continue
-        own = bits if tensor.numel() > SMALL else 8
+        own = 8 if tensor.numel() <= SMALL else head if head and name.startswith("head.") else bits
         rows, largest = tensor.flatten(1), 2 ** (own - 1) - 1
         columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
-        rows = rows / columns.float()
-        step = (rows.abs().amax(1) / largest).clamp(min=1e-12)
+        step = ((rows := rows / columns.float()).abs().amax(1) / largest).clamp(min=1e-12)
         whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
         huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
         stored[name] = torch.frombuffer(bytearray(huffman.compress(whole.to(torch.uint8).numpy()) + huffman.flush()), dtype=torch.uint8)
@@ -530,11 +530,12 @@ def write_released(
     module: nn.Module, # with a dataclass `config`
     folder: Path,
     bits: int = 16, # of a matrix's numbers; below 16 they are packed
+    head: int = 0, # the same in a system's head; 0: as bits
 ) -> None:
     "Write config.json and model.safetensors (without an alignment, which only training needs)."
     from safetensors.torch import save_file
     weights = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("alignment.")}
-    with atomic_write(folder / "model.safetensors") as path: save_file(pack(weights, bits), path)
+    with atomic_write(folder / "model.safetensors") as path: save_file(pack(weights, bits, head), path)
     with atomic_write(folder / "config.json") as path: path.write_text(json.dumps(asdict(module.config), indent=1), encoding="utf-8")
 
 

@@ -482,6 +482,15 @@ def test_packed_numbers_are_as_short_as_their_entropy():
     assert 1 <= stored["w"].numel() * 8 / whole.numel() / float(-(shares * shares.log2()).sum()) < 1.02
 
 
+def test_the_head_may_keep_more_bits_than_the_rest():
+    torch.manual_seed(0)
+    weights = {name: torch.randn(300, 300) for name in ("backbone.w", "head.w", "headless.w")} | {"head.small": torch.randn(30, 30)}
+    stored = pack(weights, 3, 6)
+    assert {name: int(stored[f"{name}:shape"][0]) for name in weights} == {"backbone.w": 3, "head.w": 6, "headless.w": 3, "head.small": 8}
+    errors = {name: (weight - weights[name]).norm() / weights[name].norm() for name, weight in unpack(stored).items()}
+    assert errors["head.w"] < 0.25 * errors["backbone.w"] and torch.equal(stored["backbone.w"], pack(weights, 3)["backbone.w"])
+
+
 def test_half_precision_is_not_packed():
     weights = {"a": torch.randn(5, 5), "b": torch.randn(3)}
     stored = pack(weights, 16)
