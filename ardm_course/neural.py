@@ -468,8 +468,8 @@ def config_from_dict(
 # %% ../nbs/05b_neural.ipynb #58510cb6
 def pack(
     weights: dict[str, Tensor],
-    bits: int = 8, # of a large matrix's numbers, 2 to 8; 16: half precision
-    head: int = 0, # the same in the head of a system, which draws and forgives least; 0: as bits
+    bits: float = 8, # of a large matrix's numbers, 2 to 8, also between whole ones; 16: half precision
+    head: float = 0, # the same in the head of a system, which draws and forgives least; 0: as bits
 ) -> dict[str, Tensor]:
     "Matrices as small whole numbers with a scale per row and per column, in Huffman's code; everything else in half precision."
     stored = {}
@@ -478,7 +478,7 @@ def pack(
             stored[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
             continue
         own = 8 if tensor.numel() <= SMALL else head if head and name.startswith("head.") else bits
-        rows, largest = tensor.flatten(1), 2 ** (own - 1) - 1
+        rows, largest = tensor.flatten(1), round(2 ** (own - 1)) - 1
         columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
         step = ((rows := rows / columns.float()).abs().amax(1) / largest).clamp(min=1e-12)
         whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
@@ -493,9 +493,9 @@ def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in stored.items() if not name.endswith((":step", ":columns", ":shape"))}
     for name in [name for name in weights if f"{name}:shape" in stored]:
         bits, *shape = stored[f"{name}:shape"].tolist()
-        whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (2 ** (bits - 1) - 1)
+        whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (round(2 ** (bits - 1)) - 1)
         columns = stored.get(f"{name}:columns", torch.ones(())) # the first releases have none
-        weights[name] = (whole.view(shape[0], -1) * stored[f"{name}:step"][:, None] * columns.float()).view(shape)
+        weights[name] = (whole.view(int(shape[0]), -1) * stored[f"{name}:step"][:, None] * columns.float()).view([int(size) for size in shape])
     return weights
 
 # %% ../nbs/05b_neural.ipynb #028d308e
@@ -529,8 +529,8 @@ def load_vocoder(
 def write_released(
     module: nn.Module, # with a dataclass `config`
     folder: Path,
-    bits: int = 16, # of a matrix's numbers; below 16 they are packed
-    head: int = 0, # the same in a system's head; 0: as bits
+    bits: float = 16, # of a matrix's numbers; below 16 they are packed
+    head: float = 0, # the same in a system's head; 0: as bits
 ) -> None:
     "Write config.json and model.safetensors (without an alignment, which only training needs)."
     from safetensors.torch import save_file

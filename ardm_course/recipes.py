@@ -539,14 +539,14 @@ def release(
     name: str,  # of a recipe
     folder: str | Path,  # of its finished run
     note: str = "",  # a sentence for the card, if the run was not the plain command
-    bits: int = 4,  # of a large matrix's numbers outside the head
+    bits: float = 5,  # of a large matrix's numbers outside the head
 ) -> Path:  # data/checkpoints/NAME
     "Put a trained model with its log and its card among the released checkpoints."
     folder, target = Path(folder), data_dir() / "checkpoints" / name
     history, chosen = read_log(folder / "log.jsonl"), recipe(name)
     model, last = load_model(folder / "model"), [row for row in history if "valid_flow" in row][-1]
     summary = training_summary(history, codec_of(model.config.codec).frame_rate)
-    save_model(model, target, bits, head=6)
+    save_model(model, target, bits, head=5)
     card = CARD.format(name=name, steps=summary["steps"], hours=summary["train_s"] / 3600, device=pick_device(), seed=chosen.training.seed,
                        corpus=" and ".join(f"`ardm-course data build {BUILT.get(part, part)}`" for part in chosen.corpus.split("+")),
                        latents="mel frames, the released vocoder" if chosen.codec == "mel" else f"latents of the released codec `{chosen.codec}`",

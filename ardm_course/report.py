@@ -93,7 +93,7 @@ def full_row(
 def write_json(path: str | Path, data: dict) -> None:
     "Write JSON that every reader accepts: no NaN, the file complete or absent."
     with atomic_write(path) as draft:
-        draft.write_text(json.dumps(plain(data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(plain(data), separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
 
 # %% ../nbs/12b_report.ipynb #562b7fc9
 @dataclass

@@ -53,8 +53,8 @@ def load_model(
 def save_model(
     model: ARDM,
     folder: Path,
-    bits: int = 16,  # of a matrix's numbers; below 16 they are packed
-    head: int = 0,  # the same in the head; 0: as bits
+    bits: float = 16,  # of a matrix's numbers; below 16 they are packed
+    head: float = 0,  # the same in the head; 0: as bits
 ) -> None:
     "Write config.json and model.safetensors (without the alignment, which only training needs)."
     write_released(model, folder, bits, head)

@@ -491,6 +491,17 @@ def test_the_head_may_keep_more_bits_than_the_rest():
     assert errors["head.w"] < 0.25 * errors["backbone.w"] and torch.equal(stored["backbone.w"], pack(weights, 3)["backbone.w"])
 
 
+def test_bits_between_whole_ones():
+    torch.manual_seed(0)
+    weight, error, size = torch.randn(300, 2, 150), {}, {}
+    for bits in (3, 3.5, 4):
+        stored = pack({"w": weight}, bits)
+        again = unpack(stored)["w"]
+        assert again.shape == weight.shape
+        error[bits], size[bits] = (again - weight).norm().item(), len(stored["w"])
+    assert error[3] > 1.3 * error[3.5] > 1.3 * 1.2 * error[4] and size[3] < size[3.5] < size[4]
+
+
 def test_half_precision_is_not_packed():
     weights = {"a": torch.randn(5, 5), "b": torch.randn(3)}
     stored = pack(weights, 16)
