@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_doctor', 'run_build', 'run_info', 'wrong_files',
            'unreadable_rows', 'run_check', 'changes_of', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve',
-           'sentences', 'manner', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows', 'run_evaluate', 'median',
-           'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench', 'speaker_named',
-           'generate_without_cache', 'generation_times', 'run_bench_generate', 'run_bench_original', 'ratio_of',
-           'run_bench_stream', 'run_compare_recipes', 'run_compare_option', 'run_compare_systems', 'listed_texts',
-           'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times', 'save_sounds',
-           'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions', 'run_resynthesise',
-           'speaking_options', 'add_data', 'training_options', 'add_model', 'add_serve', 'add_measure', 'add_compare',
-           'add_resynthesise', 'make_parser', 'main']
+           'sentences', 'manner', 'with_second_recordings', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows',
+           'run_evaluate', 'median', 'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench',
+           'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate', 'run_bench_original',
+           'ratio_of', 'run_bench_stream', 'run_compare_recipes', 'run_compare_option', 'run_compare_systems',
+           'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times',
+           'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions',
+           'run_resynthesise', 'speaking_options', 'add_data', 'training_options', 'add_model', 'add_serve',
+           'add_measure', 'add_compare', 'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -206,6 +206,26 @@ def manner(
     return {"prompt": Prompt(real[others[0]], 24000, "" if tts.model.clones else others[0])} # who goes on from a recording needs its words
 
 # %% ../nbs/appendix/cli.ipynb #33d94e0c
+def with_second_recordings(
+    real: dict, # text -> recording
+    voices: dict[str, str], # text -> who speaks
+    corpus: str, # where they are from, perhaps a key of BUILT
+) -> tuple[dict, dict[str, str]]: # the same, and for each voice that they hold only once a recording from the corpus' training part
+    "What `manner` may choose prompts from."
+    from collections import Counter
+    from datasets import Dataset
+    from ardm_course.core import CourseError
+    from ardm_course.corpus import decode, load_corpus
+    from ardm_course.wavevae import BUILT, built_corpus
+    once = [voice for voice, count in Counter(voices.values()).items() if count == 1]
+    try: rows = load_corpus(built_corpus(corpus) if corpus in BUILT else corpus, "train") if once else None
+    except CourseError: rows = None
+    if not isinstance(rows, Dataset): return real, voices # nothing to look for, or a corpus on the hub, which is read row by row
+    speakers = rows["speaker_id"][:]
+    found = [rows[speakers.index(voice)] for voice in once if voice in speakers]
+    return {row["text_normalized"]: decode(row) for row in found} | real, {row["text_normalized"]: row["speaker_id"] for row in found} | voices
+
+
 def spoken(tts, texts: dict[str, dict], seeds: int, **options) -> list: # Speech of every text with seed 0, then seed 1, ...
     "Speak all texts, each with its own options, once per seed."
     speeches = []
@@ -270,7 +290,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise CourseError("There is no sentence to speak. Give a file with one sentence a line.")
     prompted = tts.model.config.voice and (args.voice or ("" if voices else tts.model.config.voice))
     like = resample(story_prompt(prompted).wav, 24000, tts.codec.sample_rate) if prompted else None
-    speeches = spoken(tts, {text: {} if args.voice else manner(tts, text, real, voices) for text in real}, args.seeds, **options)
+    pool = with_second_recordings(real, voices, args.corpus) if args.corpus else (real, voices)
+    speeches = spoken(tts, {text: {} if args.voice else manner(tts, text, *pool) for text in real}, args.seeds, **options)
     with torch.no_grad():
         found = evaluation_rows(tts, speeches, real, like)
     rtf = real_time_factor(*(sum(speech.timings[name] for speech in speeches) for name in ("total_s", "audio_s")))

@@ -237,6 +237,16 @@ def test_who_goes_on_from_a_recording_hears_another_of_the_same_voice(tmp_path, 
     assert [len(sample.reference_wav) for sample in judges[-1]] == [len(decode(row)) for row in load_corpus(corpus, "train").select(range(3))] # judged against the voice that was to speak
 
 
+def test_a_voice_with_one_recording_is_heard_in_the_training_part():
+    rows = {row["text_normalized"]: row for row in load_corpus("stories", "test")}
+    real, voices = {text: decode(row) for text, row in rows.items()}, {text: row["speaker_id"] for text, row in rows.items()}
+    more, whose = cli.with_second_recordings(real, voices, "stories")
+    counts = [list(part.values()).count("3001") for part in (voices, whose)]
+    assert counts == [1, 2] and set(more) == set(whose) and list(whose.values()).count("4001") == list(voices.values()).count("4001") > 1
+    assert all(torch.equal(more[text], wav) for text, wav in real.items()) and min(map(len, more.values())) > 24000
+    assert cli.with_second_recordings(real, voices, "absent") == (real, voices) and cli.with_second_recordings({}, {}, "stories") == ({}, {})
+
+
 def test_evaluate_sentences_without_a_synthesiser(tiny, judges, tmp_path, monkeypatch):
     pytest.importorskip("jiwer")
     from ardm_course import text
