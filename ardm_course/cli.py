@@ -209,7 +209,7 @@ def manner(
 def with_second_recordings(
     real: dict, # text -> recording
     voices: dict[str, str], # text -> who speaks
-    corpus: str, # where they are from, perhaps a key of BUILT
+    corpus: str | None, # where they are from, perhaps a key of BUILT; None: nobody is known to speak
 ) -> tuple[dict, dict[str, str]]: # the same, and for each voice that they hold only once a recording from the corpus' training part
     "What `manner` may choose prompts from."
     from collections import Counter
@@ -290,7 +290,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise CourseError("There is no sentence to speak. Give a file with one sentence a line.")
     prompted = tts.model.config.voice and (args.voice or ("" if voices else tts.model.config.voice))
     like = resample(story_prompt(prompted).wav, 24000, tts.codec.sample_rate) if prompted else None
-    pool = with_second_recordings(real, voices, args.corpus) if args.corpus else (real, voices)
+    pool = with_second_recordings(real, voices, args.corpus)
     speeches = spoken(tts, {text: {} if args.voice else manner(tts, text, *pool) for text in real}, args.seeds, **options)
     with torch.no_grad():
         found = evaluation_rows(tts, speeches, real, like)

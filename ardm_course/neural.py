@@ -492,10 +492,10 @@ def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     "Undo `pack`."
     weights = {name: tensor for name, tensor in stored.items() if not name.endswith((":step", ":columns", ":shape"))}
     for name in [name for name in weights if f"{name}:shape" in stored]:
-        bits, *shape = stored[f"{name}:shape"].tolist()
+        bits, shape = stored[f"{name}:shape"][0].item(), stored[f"{name}:shape"][1:].int().tolist()
         whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (round(2 ** (bits - 1)) - 1)
         columns = stored.get(f"{name}:columns", torch.ones(())) # the first releases have none
-        weights[name] = (whole.view(int(shape[0]), -1) * stored[f"{name}:step"][:, None] * columns.float()).view([int(size) for size in shape])
+        weights[name] = (whole.view(shape[0], -1) * stored[f"{name}:step"][:, None] * columns.float()).view(shape)
     return weights
 
 # %% ../nbs/05b_neural.ipynb #028d308e
