@@ -179,10 +179,9 @@ def sentences(args: argparse.Namespace) -> tuple[dict, str | None, dict[str, str
     from ardm_course.corpus import decode, load_corpus
     from ardm_course.data_build import speak, texts_dir
     from ardm_course.text import has_g2p, normalise
-    from ardm_course.wavevae import BUILT, built_corpus
+    from ardm_course.wavevae import built_corpus
     if args.corpus:
-        source = built_corpus(args.corpus) if args.corpus in BUILT else args.corpus
-        rows = {row["text_normalized"]: row for row in islice(load_corpus(source, args.split), args.limit)}
+        rows = {row["text_normalized"]: row for row in islice(load_corpus(built_corpus(args.corpus), args.split), args.limit)}
         return {text: decode(row) for text, row in rows.items()}, f"recordings of {args.corpus}, {args.split}", {text: row["speaker_id"] for text, row in rows.items()}
     lines = (args.sentences or texts_dir() / "unseen.txt").read_text(encoding="utf-8").splitlines()
     texts = [line.strip() for line in lines if line.strip()][:args.limit]
@@ -216,9 +215,9 @@ def with_second_recordings(
     from datasets import Dataset
     from ardm_course.core import CourseError
     from ardm_course.corpus import decode, load_corpus
-    from ardm_course.wavevae import BUILT, built_corpus
+    from ardm_course.wavevae import built_corpus
     once = [voice for voice, count in Counter(voices.values()).items() if count == 1]
-    try: rows = load_corpus(built_corpus(corpus) if corpus in BUILT else corpus, "train") if once else None
+    try: rows = load_corpus(built_corpus(corpus), "train") if once else None
     except CourseError: rows = None
     if not isinstance(rows, Dataset): return real, voices # nothing to look for, or a corpus on the hub, which is read row by row
     speakers = rows["speaker_id"][:]

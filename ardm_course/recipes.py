@@ -151,7 +151,7 @@ def corpus_sources(
     corpus: str | Path | None = None,  # another copy: a folder, or a hub id
 ) -> list[str]:  # for load_corpus
     "Where a recipe's corpora are. Raises CourseError if one must be built first."
-    return [str(corpus)] if corpus else [built_corpus(name) if name in BUILT else name for name in recipe.corpus.split("+")]
+    return [str(corpus)] if corpus else [built_corpus(name) for name in recipe.corpus.split("+")]
 
 
 def open_split(

@@ -298,9 +298,10 @@ BUILT = {"open": "open", "voices": "voices", "many": "voices --hours 3", "choir"
 
 
 def built_corpus(
-    name: str, # a key of BUILT
-) -> str: # its folder
-    "A corpus that is too large to ship. Raises CourseError if it must be built first."
+    name: str, # a key of BUILT, or whatever else load_corpus reads
+) -> str: # for load_corpus: a built corpus' folder, any other name as it is
+    "Where a corpus is that may be too large to ship. Raises CourseError if it must be built first."
+    if name not in BUILT: return name
     folder = cache_dir() / "corpora" / name
     if folder.is_dir(): return str(folder)
     raise CourseError(f"The corpus '{name}' is not there yet. Make it with `ardm-course data build {BUILT[name]} --out {folder}` (hours of speech in some minutes), or name other corpora with --corpus.")
