@@ -119,7 +119,7 @@ RECIPES = {
     "toy-falling": Recipe("phrases", toy_shape(alignment_end=0.7), PHRASES),  # at 0 when the learning rate begins to fall
     "ditar-toy": Recipe("open", toy_shape(256, 5, text=TextConfig("phonemes", 0.9), input_noise=0.3, history_noise=0.3),
                         TrainConfig(steps=18000, learning_rate=1.5e-3, batch_frames=2000), teacher="phones", longest=8.0),
-    "voxcpm-toy": Recipe("open+many", replace(voxcpm_shape(256, 5, residual_layers=1, text=TextConfig("phonemes", 0.9), patch_share=0.25, input_noise=0.3, history_noise=0.3, voice="4001"), head=voxcpm_shape(192, 3).head),  # a language model as large as ditar-toy's, to start from it
+    "voxcpm-toy": Recipe("open+many+choir", replace(voxcpm_shape(256, 5, residual_layers=1, text=TextConfig("phonemes", 0.9), patch_share=0.25, input_noise=0.3, history_noise=0.3, voice="4001"), head=voxcpm_shape(192, 3).head),  # a language model as large as ditar-toy's, to start from it
                          TrainConfig(steps=12000, learning_rate=1.5e-3, batch_frames=1000, decay_batches=2), teacher="phones", longest=8.0, codec="wavevae", joined=0.3),
     "mela-toy": Recipe("crowd", mela_shape(192, 4, text=TextConfig("phonemes", 0.9)), CHOIR, teacher="phones", voices=True),
     "mela-cosine": Recipe("choir", replace(mela_shape(192, 4), head=replace(toy_shape().head, path="cosine", solver="ddim")), CHOIR, teacher="phones", voices=True),
