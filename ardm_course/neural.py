@@ -7,8 +7,8 @@ __all__ = ['PITCHES', 'LOWEST', 'OCTAVES', 'Glide', 'Memory', 'SMALL', 'f0_track
            'pitch_loss', 'heard_pitch', 'source_loss', 'pulses', 'band_shapes', 'SourceFilter', 'draw_source',
            'draw_filters', 'FrameStream', 'SourceStream', 'Corrections', 'with_past', 'CausalConv1d', 'mel_channels',
            'ConvNeXt', 'VocoderConfig', 'NeuralVocoder', 'fine_features', 'whole_features', 'VocoderStream',
-           'digest_of', 'find_checkpoint', 'config_from_dict', 'pack', 'unpack', 'read_released', 'load_vocoder',
-           'write_released', 'released_vocoder']
+           'digest_of', 'find_checkpoint', 'config_from_dict', 'stored_bits', 'to_grid', 'from_grid', 'pack', 'unpack',
+           'read_released', 'write_released', 'load_vocoder', 'released_vocoder']
 
 # %% ../nbs/05b_neural.ipynb #5f0f83e8
 import hashlib
@@ -435,9 +435,6 @@ class VocoderStream:
         self.vocoder.enter(channels / 4, self.memory)
 
 # %% ../nbs/05b_neural.ipynb #b6eb2c13
-SMALL = 60_000 # numbers of a matrix that always gets 8 bits: such stand where latents and times go in and out, and weigh little
-
-
 def digest_of(folder: Path) -> str: return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() # of a checkpoint's weights
 
 
@@ -466,24 +463,49 @@ def config_from_dict(
                    for name, value in values.items()})
 
 # %% ../nbs/05b_neural.ipynb #58510cb6
+SMALL = 60_000 # numbers of a matrix that always gets 8 bits: such stand where latents and times go in and out, and weigh little
+
+
+def stored_bits(
+    name: str, # of a weight
+    weight: Tensor,
+    bits: float, # of a large matrix's numbers, 2 to 8, also between whole ones; 16: half precision
+    head: float = 0, # the same in the head of a system, which draws and forgives least; 0: as bits
+) -> float:
+    "How many bits each number of a weight is stored with: 8 in a small matrix, 16 in a vector."
+    if weight.ndim < 2 or bits == 16 or not weight.is_floating_point(): return 16
+    return 8 if weight.numel() <= SMALL else head if head and name.startswith("head.") else bits
+
+
+def to_grid(
+    matrix: Tensor, # [R, ...]
+    bits: float, # of each number
+) -> tuple[Tensor, Tensor, Tensor]: # [R, C] whole numbers around 0, and the steps between them: of rows [R] times of columns [C]
+    "The nearest numbers of a grid that has a scale for every row and every column of the matrix."
+    rows = matrix.flatten(1)
+    columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
+    step = ((rows := rows / columns.float()).abs().amax(1) / (round(2 ** (bits - 1)) - 1)).clamp(min=1e-12)
+    return (rows / step[:, None]).round(), step, columns
+
+
+def from_grid(whole: Tensor, step: Tensor, columns: Tensor) -> Tensor: return whole * step[:, None] * columns.float() # [R, C]
+
+# %% ../nbs/05b_neural.ipynb #028d308e
 def pack(
     weights: dict[str, Tensor],
-    bits: float = 8, # of a large matrix's numbers, 2 to 8, also between whole ones; 16: half precision
-    head: float = 0, # the same in the head of a system, which draws and forgives least; 0: as bits
+    bits: float = 8, # as in `stored_bits`
+    head: float = 0,
 ) -> dict[str, Tensor]:
-    "Matrices as small whole numbers with a scale per row and per column, in Huffman's code; everything else in half precision."
+    "Matrices as small whole numbers with their steps, in Huffman's code; everything else in half precision."
     stored = {}
     for name, tensor in weights.items():
-        if tensor.ndim < 2 or bits == 16 or not tensor.is_floating_point():
+        if (own := stored_bits(name, tensor, bits, head)) == 16:
             stored[name] = tensor.half().contiguous() if tensor.is_floating_point() else tensor
             continue
-        own = 8 if tensor.numel() <= SMALL else head if head and name.startswith("head.") else bits
-        rows, largest = tensor.flatten(1), round(2 ** (own - 1)) - 1
-        columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
-        step = ((rows := rows / columns.float()).abs().amax(1) / largest).clamp(min=1e-12)
-        whole = (rows / step[:, None]).round().int().flatten() + largest # 0 to 2 largest
+        whole, step, columns = to_grid(tensor, own)
         huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
-        stored[name] = torch.frombuffer(bytearray(huffman.compress(whole.to(torch.uint8).numpy()) + huffman.flush()), dtype=torch.uint8)
+        numbers = (whole.flatten() + round(2 ** (own - 1)) - 1).to(torch.uint8).numpy() # none below 0
+        stored[name] = torch.frombuffer(bytearray(huffman.compress(numbers) + huffman.flush()), dtype=torch.uint8)
         stored[f"{name}:step"], stored[f"{name}:columns"], stored[f"{name}:shape"] = step, columns, torch.tensor([own, *tensor.shape])
     return stored
 
@@ -495,10 +517,10 @@ def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
         bits, shape = stored[f"{name}:shape"][0].item(), stored[f"{name}:shape"][1:].int().tolist()
         whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (round(2 ** (bits - 1)) - 1)
         columns = stored.get(f"{name}:columns", torch.ones(())) # the first releases have none
-        weights[name] = (whole.view(shape[0], -1) * stored[f"{name}:step"][:, None] * columns.float()).view(shape)
+        weights[name] = from_grid(whole.view(shape[0], -1), stored[f"{name}:step"], columns).view(shape)
     return weights
 
-# %% ../nbs/05b_neural.ipynb #028d308e
+# %% ../nbs/05b_neural.ipynb #54fd40ee
 def read_released(
     folder: Path, # of a checkpoint
     kind: type, # of its config
@@ -519,13 +541,6 @@ def read_released(
     return module
 
 
-def load_vocoder(
-    name: str | Path = "vocoder", # a released checkpoint, a folder, or a hub id
-) -> NeuralVocoder:
-    "A trained vocoder. Raises CourseError with the names there are."
-    return read_released(find_checkpoint(name), VocoderConfig, NeuralVocoder)
-
-# %% ../nbs/05b_neural.ipynb #54fd40ee
 def write_released(
     module: nn.Module, # with a dataclass `config`
     folder: Path,
@@ -537,6 +552,13 @@ def write_released(
     weights = {name: tensor for name, tensor in module.state_dict().items() if not name.startswith("alignment.")}
     with atomic_write(folder / "model.safetensors") as path: save_file(pack(weights, bits, head), path)
     with atomic_write(folder / "config.json") as path: path.write_text(json.dumps(asdict(module.config), indent=1), encoding="utf-8")
+
+# %% ../nbs/05b_neural.ipynb #5e0a71c4
+def load_vocoder(
+    name: str | Path = "vocoder", # a released checkpoint, a folder, or a hub id
+) -> NeuralVocoder:
+    "A trained vocoder. Raises CourseError with the names there are."
+    return read_released(find_checkpoint(name), VocoderConfig, NeuralVocoder)
 
 
 def released_vocoder(config: MelCodecConfig) -> NeuralVocoder:

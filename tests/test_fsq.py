@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from vector_quantize_pytorch import FSQ as Peer
 
 from ardm_course.core import CourseError, count_parameters
-from ardm_course.fsq import FSQ, TokenFSQ, bounded, round_ste
+from ardm_course.fsq import FSQ, StoredWeights, TokenFSQ, bounded, round_ste
+from ardm_course.neural import pack, unpack
+from ardm_course.training import Callback, TrainConfig, Trainer, training_steps
 from ardm_course.vocoder import MelCodec
 
 LEVELS = [(3,) * 8, (8, 5, 5, 5), (8, 6, 5), (7, 5, 5, 5, 5), (4,) * 6, (19, 19), (16,), (5,), (3, 4, 5, 6, 7)]
@@ -247,3 +250,90 @@ def test_mel_frames_through_the_bottleneck_become_sound():
     codec, fsq = MelCodec(), FSQ(80, 16)
     wav = codec.decode(fsq(codec.encode(noise(1, 4800, level=0.1))).detach())
     assert wav.shape == (1, 4800) and wav.isfinite().all()
+
+
+# ---- weights on a grid
+
+class Wide(nn.Module):
+    "Large matrices inside and outside a head, a small one, and what the loss was taken at."
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.body, self.head = nn.Linear(4, 256), nn.Linear(256, 256), nn.Linear(256, 256)
+        self.seen, self.validated, self.batches = [], [], []
+
+    def forward(self, batch):
+        self.batches.append(batch)
+        (self.seen if self.training else self.validated).append({name: weight.detach().clone() for name, weight in self.named_parameters()})
+        return {"loss": self.head(self.body(self.first(batch))).square().mean()}
+
+
+class Inputs(list):
+    lengths = property(lambda self: [1] * len(self))
+
+
+class Exact(Callback):
+    "The exact weights after every step."
+    def before_fit(self, trainer):
+        self.after = []
+        self.copy(trainer)
+    def after_step(self, trainer): self.copy(trainer)
+    def copy(self, trainer): self.after.append({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
+
+
+def run(folder, bits=3, head=5, **changes):
+    model, exact = Wide(), Exact()
+    settings = TrainConfig(**{"steps": 10, "batch_frames": 4, "decay_share": 0.5, "decay_batches": 2, "validate_every": 10, "learning_rate": 1e-2, "warmup": 1} | changes)
+    def validate(model):
+        loss = model(torch.ones(2, 4))["loss"]
+        model.batches.pop()
+        return {"loss": loss}
+    trainer = Trainer(model, Inputs(noise(64, 4)), torch.stack, settings, folder, [StoredWeights(bits, head), exact], validate)
+    trainer.fit()
+    return trainer, model, exact.after
+
+
+def test_only_the_decay_takes_its_loss_at_stored_weights(tmp_path):
+    trainer, model, exact = run(tmp_path)
+    assert len(model.seen) == 6 + 4 * 2 # steps at progress 0 to 0.5, then two batches each
+    for number, seen in enumerate(model.seen):
+        step = number if number < 6 else 6 + (number - 6) // 2
+        wanted = exact[step] if step < 6 else {**exact[step], **{name: weight for name, weight in unpack(pack(exact[step], 3, 5)).items() if weight.ndim > 1}}
+        for name in wanted: torch.testing.assert_close(seen[name], wanted[name], rtol=1e-6, atol=1e-9, msg=f"{name} at step {step}")
+    assert not torch.equal(model.seen[-1]["body.weight"], exact[9]["body.weight"])
+
+
+def test_the_gradient_is_that_at_the_rounded_weights(tmp_path):
+    _, model, exact = run(tmp_path, decay_batches=1, clip=math.inf)
+    twin = Wide()
+    twin.load_state_dict(model.seen[-1])
+    twin(model.batches[-1])["loss"].backward()
+    for name, weight in twin.named_parameters(): torch.testing.assert_close(dict(model.named_parameters())[name].grad, weight.grad, msg=name)
+    moved = (exact[-1]["body.weight"] - exact[-2]["body.weight"]).abs().max()
+    assert 0 < moved < 0.1 * (exact[-2]["body.weight"] - model.seen[-1]["body.weight"]).abs().max() # a small step from the exact ones, not from the grid
+
+
+def test_validation_and_the_end_hold_exact_weights(tmp_path):
+    trainer, model, exact = run(tmp_path)
+    for name, average in trainer.ema.state_dict().items(): assert torch.equal(model.validated[-1][name], average)
+    for name, weight in model.named_parameters(): assert torch.equal(weight, exact[-1][name])
+    model.train()
+    model(torch.ones(1, 4)) # the hooks are gone
+    assert torch.equal(model.seen[-1]["body.weight"], model.body.weight)
+
+
+def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path):
+    _, whole, _ = run(tmp_path / "whole")
+    model = Wide()
+    settings = TrainConfig(steps=10, batch_frames=4, decay_share=0.5, decay_batches=2, validate_every=10, learning_rate=1e-2, warmup=1, checkpoint_every=8)
+    first = Trainer(model, Inputs(noise(64, 4)), torch.stack, settings, tmp_path / "parts", [StoredWeights(3, 5)])
+    for trainer in training_steps(first):
+        if trainer.state.step == 8: break
+    _, again, _ = run(tmp_path / "parts", checkpoint_every=8)
+    for name, weight in whole.named_parameters(): assert torch.equal(weight, dict(again.named_parameters())[name]), name
+
+
+def test_weights_spread_over_processes_are_refused(tmp_path):
+    trainer = Trainer(Wide(), Inputs(noise(4, 4)), torch.stack, TrainConfig(), tmp_path, [])
+    trainer.model.body.weight.device_mesh = "two processes" # as FSDP marks them
+    with pytest.raises(CourseError, match="FSDP"): StoredWeights(3).before_fit(trainer)
