@@ -62,7 +62,7 @@ class Recipe:
     longest: float = 10.0  # seconds; longer utterances are left out
     codec: str = "mel"  # or a trained codec, such as "wavevae"
     joined: float = 0.0  # share of further items made of two sentences of one voice (SpeechData)
-    bits: float = HEAD_BITS  # of those outside the head; with fewer, the decay of the training takes its losses at rounded weights (fsq.StoredWeights)
+    bits: float = HEAD_BITS  # of a number outside the head in the release; below HEAD_BITS the decay takes its losses at rounded weights (fsq.StoredWeights)
 
 
 def toy_shape(width: int = 192, layers: int = 4, head_layers: int = 3, **fields) -> ARDMConfig:
