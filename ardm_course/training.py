@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'COUNTS', 'bucket_batches', 'padding_waste', 'TrainConfig', 'wsd', 'cosine', 'learning_rate_at',
-           'batches_of_step', 'EMA', 'make_optimizer', 'clip_gradients', 'whole', 'placed', 'measure', 'train_step',
-           'seed_step', 'TrainState', 'batch_stream', 'last_checkpoint', 'model_tensors', 'checkpoint_tensors',
-           'write_checkpoint', 'read_checkpoint', 'save_checkpoint', 'copy_tensors', 'load_weights', 'load_checkpoint',
-           'settle', 'due', 'Callback', 'Validation', 'announce', 'Checkpoint', 'held_out', 'Logger', 'read_log',
-           'curve', 'speed', 'loss_picture', 'Progress', 'LivePlot', 'make_accelerator', 'default_callbacks', 'Trainer',
-           'training_steps']
+           'batches_of_step', 'EMA', 'make_optimizer', 'clip_gradients', 'whole', 'placed', 'subnormals_as_zero',
+           'measure', 'train_step', 'seed_step', 'TrainState', 'batch_stream', 'last_checkpoint', 'model_tensors',
+           'checkpoint_tensors', 'write_checkpoint', 'read_checkpoint', 'save_checkpoint', 'copy_tensors',
+           'load_weights', 'load_checkpoint', 'settle', 'due', 'Callback', 'Validation', 'announce', 'Checkpoint',
+           'held_out', 'Logger', 'read_log', 'curve', 'speed', 'loss_picture', 'Progress', 'LivePlot',
+           'make_accelerator', 'default_callbacks', 'Trainer', 'training_steps']
 
 # %% ../nbs/04_training.ipynb #6762df05
 import contextlib, io, itertools, json, math, os, random, shutil, sys, time
@@ -176,6 +176,17 @@ def placed(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(like.device)
 
 # %% ../nbs/04_training.ipynb #c53eacf2
+@contextlib.contextmanager
+def subnormals_as_zero() -> Iterator[None]:
+    "Inside the block the processor takes numbers below 1e-38 for zero, as a GPU does; it is many times slower at such sums."
+    before = (torch.tensor(1e-39) * 1).item() == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
 COUNTS = ("weight", "frames") # what a model reports under these names is added up, the rest averaged
 
 
@@ -193,6 +204,7 @@ def measure(out: dict[str, Any], # scalars from the model
     return torch.stack([weight, on_device["frames"] * share, *means])
 
 # %% ../nbs/04_training.ipynb #a5f30d20
+@subnormals_as_zero()
 def train_step(trainer: "Trainer",
                batches: Sequence[list[int]], # item numbers of `accumulate` batches
                ) -> Tensor: # [4 + n] gradient norm, seconds, weight, frames, then means of loss and the others

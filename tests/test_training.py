@@ -10,7 +10,7 @@ from ardm_course import training
 from ardm_course.core import CourseError, seed_everything
 from ardm_course.training import (EMA, Callback, LivePlot, Progress, TrainConfig, Trainer, TrainState, batch_stream, bucket_batches,
                                   checkpoint_tensors, clip_gradients, cosine, curve, held_out, last_checkpoint, learning_rate_at,
-                                  load_weights, make_optimizer, padding_waste, read_log, speed, training_steps, wsd)
+                                  load_weights, make_optimizer, padding_waste, read_log, speed, subnormals_as_zero, training_steps, wsd)
 
 # A regression on rows of many lengths; shared with the child processes below.
 COMMON = textwrap.dedent('''
@@ -466,3 +466,25 @@ def test_two_processes_equal_one(tmp_path):
         assert len(rows) == len(one.history)
         for a, b in zip(timeless(one.history), rows):
             assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_numbers_too_small_to_be_normal_are_zero_in_a_step_only(tmp_path):
+    small = torch.full((4,), 1e-39)
+    seen = []
+
+    class Small(Model):
+        def forward(self, batch):
+            seen.append((small * 1).sum().item())
+            return super().forward(batch)
+    trainer_for(tmp_path, make=Small, steps=2).fit()
+    assert seen == [0, 0] and (small * 1).sum() > 0
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_processor_is_left_as_it_was(before):
+    torch.set_flush_denormal(before)
+    try:
+        with pytest.raises(ValueError):
+            with subnormals_as_zero(): raise ValueError
+        assert ((torch.tensor(1e-39) * 1).item() == 0) == before
+    finally: torch.set_flush_denormal(False)
