@@ -126,7 +126,7 @@ def run_train(args: argparse.Namespace) -> None:
     "ardm-course train"
     from ardm_course.core import CourseError
     from ardm_course.recipes import RECIPES, train
-    from ardm_course.training import read_log
+    from ardm_course.training import read_log, subnormals_as_zero
     from ardm_course.wavevae import CODEC_RECIPES, train_codec
     if args.name not in {**RECIPES, **CODEC_RECIPES}:
         raise CourseError(f"There is no recipe {args.name!r}. Recipes: {', '.join(RECIPES)}; codecs: {', '.join(CODEC_RECIPES)}.")
@@ -136,7 +136,8 @@ def run_train(args: argparse.Namespace) -> None:
         train_codec(args.name, folder, args.corpus and [args.corpus], start=args.start, **changes)
         print(f"The codec is in {folder / 'model'}. Measure it: ardm-course resynthesise real --codec {folder / 'model'} --out out")
         return
-    train(args.name, folder, args.corpus, start=args.start, **changes)
+    with subnormals_as_zero():  # already here, since the threads that torch will start inherit it
+        train(args.name, folder, args.corpus, start=args.start, **changes)
     last = next((row for row in reversed(read_log(folder / "log.jsonl")) if "valid_loss" in row), {})
     print(", ".join(f"{name} {value:.3f}" for name, value in sorted(last.items()) if name != "step" and "_t" not in name))
     print(f"The model is in {folder / 'model'}. Hear it: ardm-course speak --checkpoint {folder / 'model'} --out out.wav 'Hello.'")
