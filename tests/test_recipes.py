@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from ardm_course import recipes
+from ardm_course import neural, recipes
 from ardm_course.ardm import Utterance
 from ardm_course.audio import save_audio
 from ardm_course.core import CourseError
@@ -85,6 +86,27 @@ def test_a_training_is_listened_to(tmp_path, monkeypatch):
     heard, history = train("tiny", tmp_path / "heard", data=data, listen=1, steps=2, **options)
     assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), heard.model.state_dict().values()))
     assert [row["step"] for row in history if row.get("valid_wer", 0) > 0.5] == [1, 2]
+
+
+def test_a_release_with_few_bits_was_trained_for_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(neural, "SMALL", 0)
+    monkeypatch.setattr(recipes, "data_dir", lambda: tmp_path)
+    options = {"warmup": 1, "batch_frames": 600, "minutes": None, "validate_every": 2, "decay_share": 1.0, "steps": 2}
+    told = []
+
+    class Watched(recipes.StoredWeights):
+        def __init__(self, *bits):
+            told.append(bits)
+            super().__init__(*bits)
+    monkeypatch.setattr(recipes, "StoredWeights", Watched)
+    for bits in (3, 5):
+        monkeypatch.setitem(RECIPES, f"tiny{bits}", replace(recipe("toy-unaligned"), model=toy_shape(48, 1, 1), bits=bits))
+        train(f"tiny{bits}", tmp_path / f"run{bits}", data=prepare(RECIPES[f"tiny{bits}"], limit=4), **options)
+        stored = load_file(recipes.release(f"tiny{bits}", tmp_path / f"run{bits}") / "model.safetensors")
+        kept = {name.removesuffix(":shape"): shape[0].item() for name, shape in stored.items() if name.endswith(":shape")}
+        assert {own for name, own in kept.items() if not name.startswith("head.")} == {bits}
+        assert {own for name, own in kept.items() if name.startswith("head.")} == {recipes.HEAD_BITS}
+    assert told == [(3, recipes.HEAD_BITS)] # the other needs no warning
 
 
 def test_unknown_recipe_and_missing_corpus(monkeypatch):
