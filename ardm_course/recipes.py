@@ -559,7 +559,7 @@ def release(
                        losses=", ".join(f"{key.removeprefix('valid_')} {value:.4f}" for key, value in last.items() if key.startswith("valid_") and "_t0" not in key),
                        sha256=digest_of(target), reached=reached(name), note=note and f"- {note}\n")
     with atomic_write(target / "README.md") as draft: draft.write_text(card, encoding="utf-8")
-    kept = [row for row in history if "valid_flow" in row or row["step"] % 100 == 0]
+    kept = [row for row in history if "valid_flow" in row or row["step"] % 200 == 0]
     with atomic_write(target / "log.jsonl") as draft: draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
     return target
 
