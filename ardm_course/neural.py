@@ -7,8 +7,8 @@ __all__ = ['PITCHES', 'LOWEST', 'OCTAVES', 'Glide', 'Memory', 'SMALL', 'f0_track
            'pitch_loss', 'heard_pitch', 'source_loss', 'pulses', 'band_shapes', 'SourceFilter', 'draw_source',
            'draw_filters', 'FrameStream', 'SourceStream', 'Corrections', 'with_past', 'CausalConv1d', 'mel_channels',
            'ConvNeXt', 'VocoderConfig', 'NeuralVocoder', 'fine_features', 'whole_features', 'VocoderStream',
-           'digest_of', 'find_checkpoint', 'config_from_dict', 'stored_bits', 'to_grid', 'from_grid', 'pack', 'unpack',
-           'read_released', 'write_released', 'load_vocoder', 'released_vocoder']
+           'digest_of', 'find_checkpoint', 'config_from_dict', 'stored_bits', 'largest', 'to_grid', 'from_grid', 'pack',
+           'unpack', 'read_released', 'write_released', 'load_vocoder', 'released_vocoder']
 
 # %% ../nbs/05b_neural.ipynb #5f0f83e8
 import hashlib
@@ -477,6 +477,9 @@ def stored_bits(
     return 8 if weight.numel() <= SMALL else head if head and name.startswith("head.") else bits
 
 
+def largest(bits: float) -> int: return round(2 ** (bits - 1)) - 1 # whole number on the grid; the least is minus this
+
+
 def to_grid(
     matrix: Tensor, # [R, ...]
     bits: float, # of each number
@@ -484,7 +487,7 @@ def to_grid(
     "The nearest numbers of a grid that has a scale for every row and every column of the matrix."
     rows = matrix.flatten(1)
     columns = rows.abs().amax(0).clamp(min=1e-12).sqrt().half() # the root: half of the way to columns of one size
-    step = ((rows := rows / columns.float()).abs().amax(1) / (round(2 ** (bits - 1)) - 1)).clamp(min=1e-12)
+    step = ((rows := rows / columns.float()).abs().amax(1) / largest(bits)).clamp(min=1e-12)
     return (rows / step[:, None]).round(), step, columns
 
 
@@ -504,7 +507,7 @@ def pack(
             continue
         whole, step, columns = to_grid(tensor, own)
         huffman = zlib.compressobj(strategy=zlib.Z_HUFFMAN_ONLY) # numbers near 0 are frequent and get the short words
-        numbers = (whole.flatten() + round(2 ** (own - 1)) - 1).to(torch.uint8).numpy() # none below 0
+        numbers = (whole.flatten() + largest(own)).to(torch.uint8).numpy() # none below 0
         stored[name] = torch.frombuffer(bytearray(huffman.compress(numbers) + huffman.flush()), dtype=torch.uint8)
         stored[f"{name}:step"], stored[f"{name}:columns"], stored[f"{name}:shape"] = step, columns, torch.tensor([own, *tensor.shape])
     return stored
@@ -515,7 +518,7 @@ def unpack(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = {name: tensor for name, tensor in stored.items() if not name.endswith((":step", ":columns", ":shape"))}
     for name in [name for name in weights if f"{name}:shape" in stored]:
         bits, shape = stored[f"{name}:shape"][0].item(), stored[f"{name}:shape"][1:].int().tolist()
-        whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - (round(2 ** (bits - 1)) - 1)
+        whole = torch.frombuffer(bytearray(zlib.decompress(weights[name].numpy())), dtype=torch.uint8).int() - largest(bits)
         columns = stored.get(f"{name}:columns", torch.ones(())) # the first releases have none
         weights[name] = from_grid(whole.view(shape[0], -1), stored[f"{name}:step"], columns).view(shape)
     return weights

@@ -281,16 +281,20 @@ class Exact(Callback):
     def copy(self, trainer): self.after.append({name: weight.detach().clone() for name, weight in trainer.model.named_parameters()})
 
 
-def run(folder, bits=3, head=5, **changes):
-    model, exact = Wide(), Exact()
-    settings = TrainConfig(**{"steps": 10, "batch_frames": 4, "decay_share": 0.5, "decay_batches": 2, "validate_every": 10, "learning_rate": 1e-2, "warmup": 1} | changes)
+def trainer_in(folder, callbacks, validate=None, **changes):
+    settings = {"steps": 10, "batch_frames": 4, "decay_share": 0.5, "decay_batches": 2, "validate_every": 10, "learning_rate": 1e-2, "warmup": 1}
+    return Trainer(Wide(), Inputs(noise(64, 4)), torch.stack, TrainConfig(**settings | changes), folder, callbacks, validate)
+
+
+def run(folder, **changes):
     def validate(model):
         loss = model(torch.ones(2, 4))["loss"]
         model.batches.pop()
         return {"loss": loss}
-    trainer = Trainer(model, Inputs(noise(64, 4)), torch.stack, settings, folder, [StoredWeights(bits, head), exact], validate)
+    exact = Exact()
+    trainer = trainer_in(folder, [StoredWeights(3, 5), exact], validate, **changes)
     trainer.fit()
-    return trainer, model, exact.after
+    return trainer, trainer.model, exact.after
 
 
 def test_only_the_decay_takes_its_loss_at_stored_weights(tmp_path):
@@ -324,9 +328,7 @@ def test_validation_and_the_end_hold_exact_weights(tmp_path):
 
 def test_a_resumed_run_is_the_run_that_did_not_stop(tmp_path):
     _, whole, _ = run(tmp_path / "whole")
-    model = Wide()
-    settings = TrainConfig(steps=10, batch_frames=4, decay_share=0.5, decay_batches=2, validate_every=10, learning_rate=1e-2, warmup=1, checkpoint_every=8)
-    first = Trainer(model, Inputs(noise(64, 4)), torch.stack, settings, tmp_path / "parts", [StoredWeights(3, 5)])
+    first = trainer_in(tmp_path / "parts", [StoredWeights(3, 5)], checkpoint_every=8)
     for trainer in training_steps(first):
         if trainer.state.step == 8: break
     _, again, _ = run(tmp_path / "parts", checkpoint_every=8)
