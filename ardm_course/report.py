@@ -72,13 +72,13 @@ MEASURES = { # what is measured: title, factor for display, digits
 
 # %% ../nbs/12b_report.ipynb #cafba698
 def plain(value):
-    "The same as JSON can hold it: numbers of any library become Python's, and what is not finite becomes None."
+    "The same as JSON can hold it: numbers of any library become Python's, floats of six digits (no measurement is better), and what is not finite None."
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
 
 
 def full_row(
