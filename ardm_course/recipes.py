@@ -7,9 +7,9 @@ __all__ = ['HEAD_BITS', 'STRUCTURES', 'SCHEDULES', 'ALIGNMENTS', 'PHRASES', 'CHO
            'RELEASED_SENTENCES', 'CARD', 'Recipe', 'toy_shape', 'voxcpm_shape', 'mela_shape', 'full_shape', 'recipe',
            'corpus_sources', 'open_split', 'first_rows', 'some_speech', 'states_teacher', 'train_recogniser',
            'phone_teacher', 'phones_of', 'find_teacher', 'make_codec', 'Prepared', 'prepare', 'latents_key',
-           'measured_rate', 'flow_at', 'validation', 'held_out', 'own_voice', 'listening', 'starts', 'continued',
-           'start_from', 'make_model', 'train', 'training_summary', 'Spoken', 'speak_row', 'judge', 'judge_spoken',
-           'speak_released', 'reached', 'release', 'Needs', 'needs']
+           'measured_spread', 'measured_rate', 'flow_at', 'validation', 'held_out', 'listening', 'starts', 'fitting',
+           'continued', 'start_from', 'make_model', 'train', 'training_summary', 'Spoken', 'own_voice', 'speak_row',
+           'judge', 'judge_spoken', 'speak_released', 'reached', 'release', 'Needs', 'needs']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
 import json
@@ -33,7 +33,7 @@ from .full import FullConfig
 from .locdit import HeadConfig
 from .mela import MELAConfig, paper_shape, recorded_voices
 from .neural import digest_of, find_checkpoint
-from .report import Take, takes_of
+from .report import Take, plain, takes_of
 from .repa import (FrameRecogniser, MelTeacher, PhoneLabels, RecogniserTeacher, Teacher, TimeAlignment, WhisperTeacher, phone_alphabet,
                               phone_frames, teacher_patches)
 from .text import TextConfig, TextTokenizer
@@ -62,6 +62,7 @@ class Recipe:
     longest: float = 10.0  # seconds; longer utterances are left out
     codec: str = "mel"  # or a trained codec, such as "wavevae"
     joined: float = 0.0  # share of further items made of two sentences of one voice (SpeechData)
+    precondition: bool = False  # measure the size of every number of the latents for the head (locdit.precondition)
     bits: float = HEAD_BITS  # of a number outside the head in the release; below HEAD_BITS the decay takes its losses at rounded weights (fsq.StoredWeights)
 
 
@@ -133,6 +134,7 @@ RECIPES = {
     **{f"voxcpm-{number}": Recipe("phrases", replace(voxcpm_shape(192, 3), **changes), replace(PHRASES, batch_frames=1000), codec="wavevae")
        for number, changes in STRUCTURES.items()},
     **{f"voxcpm-{number}": Recipe("phrases", voxcpm_shape(192, 3), replace(PHRASES, batch_frames=1000, **changes), codec="wavevae") for number, changes in SCHEDULES.items()},
+    "voxcpm-line": Recipe("phrases", voxcpm_shape(192, 3), replace(PHRASES, batch_frames=1000), codec="wavevae", precondition=True),
     **{f"mela-{number}": Recipe("choir", mela_shape(192, 4, crop=crop, interleave=turns, text=TextConfig("phonemes", 0.9)), ROWS, teacher, voices=True) for number, (teacher, crop, turns) in ALIGNMENTS.items()},
     "small": Recipe("mythicinfinity/libritts", toy_shape(768, 12, 8),
                     TrainConfig(steps=40_000, learning_rate=3e-4, warmup=2000, batch_frames=60_000, validate_every=2000, checkpoint_every=2000),
@@ -298,6 +300,7 @@ def prepare(
                                vary=rows is train, joined=recipe.joined, frame_rate=codec.frame_rate,
                                voice=recorded_voices(rows, config) if isinstance(config, (MELAConfig, FullConfig)) else None))
     if recipe.follow_text and not config.tokens_per_patch: config.tokens_per_patch = measured_rate(data[0])  # the data sets hold the same config
+    if recipe.precondition and not config.head.spread: config.head = replace(config.head, spread=measured_spread(data[0].latents))
     return Prepared(*data, config)
 
 # %% ../nbs/21_libritts.ipynb #052ad2cc
@@ -307,6 +310,15 @@ def latents_key(
     "What latents depend on: the analysis and the statistics, not the vocoder."
     if "checkpoint" in codec: return f"latents {json.dumps(codec)}"
     return f"latents {json.dumps([codec['config']['mel'], codec['mean'], codec['std']])}"
+
+
+def measured_spread(
+    latents: FeatureCache,
+    count: int = 300,  # utterances, spread over the corpus
+) -> tuple[float, ...]:  # [D]
+    "Root mean square of every number of a latent frame, for `HeadConfig.spread`."
+    frames = torch.cat([latents[index] for index in range(0, len(latents), max(1, len(latents) // count))])
+    return tuple(float(f"{size:.3g}") for size in frames.square().mean(0).sqrt().tolist())
 
 
 def measured_rate(
@@ -357,11 +369,6 @@ def held_out(
     return [rows[index] for index in range(0, len(rows), max(1, len(rows) // count))][:count]
 
 
-def own_voice(tts: TTS, row: dict) -> str | None:
-    "The voice that recorded a row, if the system knows it by name; None: the system's own."
-    return row["speaker_id"] if row["speaker_id"] in tts.model.config.speakers else None
-
-
 def listening(
     rows: list[dict],  # of a corpus
 ) -> Callable[[ARDM], dict[str, float]]:
@@ -380,6 +387,12 @@ def starts(
     "The checkpoints one by one; a folder may have a + in its name."
     return [str(start)] if Path(start).exists() else str(start).split("+")
 
+
+def fitting(old: ARDM, model: ARDM) -> dict[str, Tensor]:
+    "Weights that mean the same in another model: of the same name and shape; those of the head only if both have the same `spread`."
+    own, alike = model.state_dict(), old.config.head.spread == model.config.head.spread
+    return {name: weight for name, weight in old.state_dict().items() if name in own and own[name].shape == weight.shape and (alike or not name.startswith("head."))}
+
 # %% ../nbs/21_libritts.ipynb #0943ecca
 def continued(
     chosen: Recipe,
@@ -387,7 +400,8 @@ def continued(
 ) -> ARDMConfig:
     "A recipe's config with what a checkpoint's weights rely on: voices, rotary positions and, where both have the same codec, its latents."
     old = load_model(find_checkpoint(starts(start)[0])).config
-    return replace(chosen.model, codec=old.codec if old.codec.get("checkpoint", "mel") == chosen.codec else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch)
+    same = old.codec.get("checkpoint", "mel") == chosen.codec
+    return replace(chosen.model, codec=old.codec if same else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch, head=replace(chosen.model.head, spread=old.head.spread if same else ()))
 
 
 def start_from(
@@ -396,9 +410,8 @@ def start_from(
 ) -> list[str]:  # what stays new
     "Copy every weight of a checkpoint that the model has in the same shape. Raises CourseError if its language model is none of them."
     own = model.state_dict()
-    given = {name: weight for part in reversed(starts(start)) for name, weight in load_model(find_checkpoint(part)).state_dict().items() if name in own and own[name].shape == weight.shape}
-    if any(name.startswith("backbone.") for name in own.keys() - given):
-        raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
+    given = {name: weight for part in reversed(starts(start)) for name, weight in fitting(load_model(find_checkpoint(part)), model).items()}
+    if any(name.startswith("backbone.") for name in own.keys() - given): raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
     model.load_state_dict(own | given)
     return sorted(own.keys() - given)
 
@@ -456,6 +469,11 @@ class Spoken:
     resynthesised: Tensor  # [T'] samples
     griffin_lim: Tensor  # [T'] samples
     generated: Speech
+
+
+def own_voice(tts: TTS, row: dict) -> str | None:
+    "The voice that recorded a row, if the system knows it by name; None: the system's own."
+    return row["speaker_id"] if row["speaker_id"] in tts.model.config.speakers else None
 
 
 def speak_row(
@@ -560,7 +578,7 @@ def release(
                        sha256=digest_of(target), reached=reached(name), note=note and f"- {note}\n")
     with atomic_write(target / "README.md") as draft: draft.write_text(card, encoding="utf-8")
     kept = [row for row in history if "valid_flow" in row or row["step"] % 200 == 0]
-    with atomic_write(target / "log.jsonl") as draft: draft.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+    with atomic_write(target / "log.jsonl") as draft: draft.write_text("".join(json.dumps(plain(row)) + "\n" for row in kept), encoding="utf-8")
     return target
 
 # %% ../nbs/21_libritts.ipynb #fb263eb6

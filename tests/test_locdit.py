@@ -5,8 +5,8 @@ from torch import nn
 
 from ardm_course import locdit
 from ardm_course.core import CourseError, count_parameters, seed_everything
-from ardm_course.flow import KINDS, PATHS, noise_like, target
-from ardm_course.locdit import DiTBlock, FlowHead, HeadConfig, LocDiT, modulations, prepare, sample_patches, time_features
+from ardm_course.flow import KINDS, PATHS, interpolate, noise_like, target
+from ardm_course.locdit import DiTBlock, FlowHead, HeadConfig, LocDiT, modulations, precondition, prepare, sample_patches, time_features
 from ardm_course.sampling import guide, sample, time_grid
 
 SMALL = dict(latent_dim=5, patch=3, cond_dim=7, width=16, layers=2, heads=2, hidden=24)
@@ -35,6 +35,35 @@ def predict(head, xt, t, cond, history):
 
 def draw(head, cond, history, seed=3, **options):
     return head.sample(cond, history, generator=torch.Generator().manual_seed(seed), **options)
+
+
+# --- preconditioning
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("time", [0.02, 0.3, 0.7, 0.98])
+def test_what_the_line_leaves_has_size_one_and_no_slope(path, time):
+    spread = torch.tensor([8.0, 1.0, 0.3, 0.1, 0.03])
+    head, g = FlowHead(HeadConfig(**SMALL, path=path, spread=tuple(spread.tolist()))), torch.Generator().manual_seed(0)
+    x0, x1, t = spread * torch.randn(20000, 3, 5, generator=g), torch.randn(20000, 3, 5, generator=g), torch.full((20000,), time)
+    xt, v = interpolate(head.path, x0, x1, t), target(head.path, "v", x0, x1, t)
+    seen, line = [], precondition(head, torch.zeros_like, xt, t)
+    rest = precondition(head, lambda x: seen.append(x) or torch.ones_like(x), xt, t) - line
+    left = ((v - line) / rest).flatten(0, 1)
+    torch.testing.assert_close(left.std(0), torch.ones(5), atol=0.02, rtol=0)
+    torch.testing.assert_close(seen[0].flatten(0, 1).std(0), torch.ones(5), atol=0.02, rtol=0)
+    torch.testing.assert_close((seen[0].flatten(0, 1) * left).mean(0), torch.zeros(5), atol=0.02, rtol=0)
+
+
+def test_a_new_preconditioned_head_draws_its_spread():
+    "It knows nothing but the line, so it draws Gaussian numbers of the right sizes."
+    spread = torch.tensor([4.0, 1.0, 0.3, 0.1, 0.03])
+    head = FlowHead(HeadConfig(**SMALL, spread=tuple(spread.tolist()))).eval()
+    drawn = draw(head, torch.zeros(3000, 7), torch.zeros(3000, 3, 5), guidance=2, steps=1000)
+    torch.testing.assert_close(drawn.flatten(0, 1).std(0) / spread, torch.ones(5), atol=0.06, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [{"spread": (1.0,) * 4}, {"spread": (1.0,) * 5, "target": "x0"}])
+def test_a_spread_that_does_not_fit(wrong):
+    with pytest.raises(CourseError, match="spread wants"): FlowHead(HeadConfig(**SMALL | wrong))
 
 
 # --- zero init

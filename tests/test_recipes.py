@@ -150,6 +150,20 @@ def test_a_training_starts_from_a_checkpoint(tmp_path, monkeypatch):
     with pytest.raises(CourseError, match="another shape"): train("tiny", tmp_path / "third", start=start, data=replace(again, config=toy_shape(96, 1, 1)), **options)
 
 
+def test_latents_are_measured_for_the_head(tmp_path, monkeypatch):
+    "A preconditioned head gets the sizes of its corpus; a training that goes on keeps those that its weights know."
+    monkeypatch.setitem(RECIPES, "tiny", replace(recipe("toy-unaligned"), model=toy_shape(48, 1, 1), precondition=True))
+    data = prepare(RECIPES["tiny"], limit=4)
+    sizes = torch.cat([data.train.latents[index] for index in range(4)]).square().mean(0).sqrt()
+    torch.testing.assert_close(torch.tensor(data.config.head.spread), sizes, rtol=0.01, atol=0)
+    told = replace(data.config, head=replace(data.config.head, spread=(0.5,) * 80))
+    save_model(told.build(), tmp_path)
+    assert continued(RECIPES["tiny"], tmp_path).head.spread == (0.5,) * 80 == prepare(replace(RECIPES["tiny"], model=told), limit=4).config.head.spread
+    assert not continued(replace(RECIPES["tiny"], codec="wavevae"), tmp_path).head.spread
+    plain = toy_shape(48, 1, 1).build()
+    assert {name.split(".")[0] for name in start_from(plain, tmp_path)} == {"head"}, "a head beside a line says something else"
+
+
 def test_another_system_takes_what_fits(tmp_path):
     "A system that hears voices begins with a plain one's language model; what only it has stays new, and is named."
     torch.manual_seed(0)
