@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['BENCH_TEXT', 'SOUND_FILES', 'BESIDE', 'at_least', 'command', 'run_doctor', 'run_build', 'run_info', 'wrong_files',
            'unreadable_rows', 'run_check', 'changes_of', 'run_train', 'spoken_prompt', 'run_speak', 'run_serve',
-           'sentences', 'manner', 'with_second_recordings', 'spoken', 'evaluation_rows', 'with_limits', 'print_rows',
-           'run_evaluate', 'median', 'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train', 'save_bench',
-           'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate', 'run_bench_original',
-           'ratio_of', 'run_bench_stream', 'run_compare_recipes', 'run_compare_option', 'run_compare_systems',
-           'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds', 'through', 'codec_times',
-           'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs', 'print_versions',
-           'run_resynthesise', 'speaking_options', 'add_data', 'training_options', 'add_model', 'add_serve',
-           'add_measure', 'add_compare', 'add_resynthesise', 'make_parser', 'main']
+           'sentences', 'manner', 'with_second_recordings', 'spoken', 'evaluation_rows', 'limits_of', 'with_limits',
+           'print_rows', 'run_evaluate', 'median', 'seconds_of', 'RandomSpeech', 'training_speed', 'run_bench_train',
+           'save_bench', 'speaker_named', 'generate_without_cache', 'generation_times', 'run_bench_generate',
+           'run_bench_original', 'ratio_of', 'run_bench_stream', 'run_compare_recipes', 'run_compare_option',
+           'run_compare_systems', 'listed_texts', 'text_beside', 'files_of', 'rows_of', 'sounds_of', 'read_sounds',
+           'through', 'codec_times', 'save_sounds', 'resynthesised', 'known_text', 'NoisyCodec', 'load_codecs',
+           'print_versions', 'run_resynthesise', 'speaking_options', 'add_data', 'training_options', 'add_model',
+           'add_serve', 'add_measure', 'add_compare', 'add_resynthesise', 'make_parser', 'main']
 
 # %% ../nbs/appendix/cli.ipynb #d697f6c1
 import argparse, os, sys, time
@@ -259,9 +259,16 @@ def evaluation_rows(
     return {"rows": {kind: full_row(rows.get(kind)) for kind in KINDS}, "seeds": list(map(full_row, single)), "samples": transcripts}
 
 # %% ../nbs/appendix/cli.ipynb #e36a599b
+def limits_of(row: dict, name: str) -> tuple: # least and most, or None twice
+    "The interval of a measure; of the mean of several trainings, the least and the most of them."
+    if "runs" not in row: return tuple(row["intervals"].get(name) or (None, None))
+    each = [run[name] for run in row["runs"] if run.get(name) is not None]
+    return (min(each), max(each)) if each else (None, None)
+
+
 def with_limits(row: dict, name: str, factor: float, digits: int) -> str: # "4.2 [3.1, 5.0]", or a hyphen
-    "One measure of a row, with its interval if it has one."
-    low, high = row["intervals"].get(name) or (None, None)
+    "One measure of a row, with its limits if it has some."
+    low, high = limits_of(row, name)
     limits = f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]" if low is not None else ""
     return "-" if row.get(name) is None else f"{factor * row[name]:.{digits}f}{limits}"
 
@@ -272,7 +279,7 @@ def print_rows(rows: dict[str, dict]) -> None:
     print(f"{'':14}{'n':>5}" + "".join(f"{name:>24}" for name in MEASURES))
     for kind, row in rows.items():
         cells = [with_limits(row, name, factor, digits) for name, (_, factor, digits) in MEASURES.items()]
-        print(f"{kind:14}{row['n']:5}" + "".join(f"{cell:>24}" for cell in cells))
+        print(f"{kind:14}{row['n']:5.0f}" + "".join(f"{cell:>24}" for cell in cells))
 
 # %% ../nbs/appendix/cli.ipynb #bd8ab484
 def run_evaluate(args: argparse.Namespace) -> None:

@@ -431,6 +431,14 @@ def test_compare_an_option(tiny, tmp_path):
     assert list(found["rows"]) == ["0", "0.5"] and found["command"].startswith(f"ardm-course compare option {tiny} temperature 0 0.5")
 
 
+def test_rows_of_one_and_of_several_trainings_are_printed(capsys):
+    from ardm_course.ablations import mean_of_runs
+    one = {"n": 40, "wer_moonshine": 0.2, "mos": None, "intervals": {"wer_moonshine": [0.1, 0.3], "mos": None}}
+    cli.print_rows({"one": one, "three": mean_of_runs([one | {"wer_moonshine": rate} for rate in (0.2, 0.3, 0.4)])})
+    first, second = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert first[:5] == ["one", "40", "20.0", "[10.0,", "30.0]"] and second[:5] == ["three", "40", "30.0", "[20.0,", "40.0]"] and second[-1] == "-"
+
+
 def test_compare_recipes(monkeypatch, tmp_path):
     "What the command line gives reaches the comparison; an unknown recipe is refused before the first is trained."
     asked = []
