@@ -274,7 +274,7 @@ def with_limits(row: dict, name: str, factor: float, digits: int) -> str: # "4.2
 
 
 def print_rows(rows: dict[str, dict]) -> None:
-    "Rows of a report as text; a hyphen stands for what was not measured."
+    "Rows of a report as text, with limits as in `limits_of`; a hyphen stands for what was not measured."
     from ardm_course.report import MEASURES
     print(f"{'':14}{'n':>5}" + "".join(f"{name:>24}" for name in MEASURES))
     for kind, row in rows.items():

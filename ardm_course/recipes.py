@@ -7,8 +7,8 @@ __all__ = ['HEAD_BITS', 'STRUCTURES', 'SCHEDULES', 'ALIGNMENTS', 'PHRASES', 'CHO
            'RELEASED_SENTENCES', 'CARD', 'Recipe', 'toy_shape', 'voxcpm_shape', 'mela_shape', 'full_shape', 'recipe',
            'corpus_sources', 'open_split', 'first_rows', 'some_speech', 'states_teacher', 'train_recogniser',
            'phone_teacher', 'phones_of', 'find_teacher', 'make_codec', 'Prepared', 'prepare', 'latents_key',
-           'measured_spread', 'measured_rate', 'flow_at', 'validation', 'held_out', 'listening', 'starts', 'fitting',
-           'continued', 'start_from', 'make_model', 'train', 'training_summary', 'Spoken', 'own_voice', 'speak_row',
+           'measured_spread', 'measured_rate', 'flow_at', 'validation', 'held_out', 'own_voice', 'listening', 'starts',
+           'fitting', 'continued', 'start_from', 'make_model', 'train', 'training_summary', 'Spoken', 'speak_row',
            'judge', 'judge_spoken', 'speak_released', 'reached', 'release', 'Needs', 'needs']
 
 # %% ../nbs/21_libritts.ipynb #c400924d
@@ -369,6 +369,11 @@ def held_out(
     return [rows[index] for index in range(0, len(rows), max(1, len(rows) // count))][:count]
 
 
+def own_voice(tts: TTS, row: dict) -> str | None:
+    "The voice that recorded a row, if the system knows it by name; None: the system's own."
+    return row["speaker_id"] if row["speaker_id"] in tts.model.config.speakers else None
+
+
 def listening(
     rows: list[dict],  # of a corpus
 ) -> Callable[[ARDM], dict[str, float]]:
@@ -380,7 +385,7 @@ def listening(
         return {"wer": error_rates(texts, judge.many([s.wav for s in spoken], tts.codec.sample_rate))["wer"]}
     return validate
 
-
+# %% ../nbs/21_libritts.ipynb #d3b17c42
 def starts(
     start: str | Path,  # a checkpoint, or several with a + between
 ) -> list[str]:
@@ -393,7 +398,7 @@ def fitting(old: ARDM, model: ARDM) -> dict[str, Tensor]:
     own, alike = model.state_dict(), old.config.head.spread == model.config.head.spread
     return {name: weight for name, weight in old.state_dict().items() if name in own and own[name].shape == weight.shape and (alike or not name.startswith("head."))}
 
-# %% ../nbs/21_libritts.ipynb #0943ecca
+
 def continued(
     chosen: Recipe,
     start: str | Path,  # a checkpoint; of several with a + between the first
@@ -401,9 +406,10 @@ def continued(
     "A recipe's config with what a checkpoint's weights rely on: voices, rotary positions and, where both have the same codec, its latents."
     old = load_model(find_checkpoint(starts(start)[0])).config
     same = old.codec.get("checkpoint", "mel") == chosen.codec
-    return replace(chosen.model, codec=old.codec if same else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch, head=replace(chosen.model.head, spread=old.head.spread if same else ()))
+    return replace(chosen.model, codec=old.codec if same else {}, speakers=old.speakers or chosen.model.speakers, tokens_per_patch=old.tokens_per_patch,
+                   head=replace(chosen.model.head, spread=old.head.spread if same else ()))
 
-
+# %% ../nbs/21_libritts.ipynb #0943ecca
 def start_from(
     model: ARDM,  # filled in place
     start: str | Path,  # a checkpoint, perhaps of another system; several with a + between: the first that has a weight in this shape gives it
@@ -411,7 +417,8 @@ def start_from(
     "Copy every weight of a checkpoint that the model has in the same shape. Raises CourseError if its language model is none of them."
     own = model.state_dict()
     given = {name: weight for part in reversed(starts(start)) for name, weight in fitting(load_model(find_checkpoint(part)), model).items()}
-    if any(name.startswith("backbone.") for name in own.keys() - given): raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
+    if any(name.startswith("backbone.") for name in own.keys() - given):
+        raise CourseError(f"The checkpoint {start} has another shape than the recipe. Start from one whose language model has the recipe's width and layers.")
     model.load_state_dict(own | given)
     return sorted(own.keys() - given)
 
@@ -469,11 +476,6 @@ class Spoken:
     resynthesised: Tensor  # [T'] samples
     griffin_lim: Tensor  # [T'] samples
     generated: Speech
-
-
-def own_voice(tts: TTS, row: dict) -> str | None:
-    "The voice that recorded a row, if the system knows it by name; None: the system's own."
-    return row["speaker_id"] if row["speaker_id"] in tts.model.config.speakers else None
 
 
 def speak_row(

@@ -78,7 +78,8 @@ def plain(value):
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     value = value.item() if hasattr(value, "item") else value
-    return (float(f"{value:.6g}") if math.isfinite(value) else None) if isinstance(value, float) else value
+    if not isinstance(value, float): return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def full_row(
